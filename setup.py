@@ -1,0 +1,69 @@
+"""Packaging of Braid: the top-level folders are the sub-packages of the namespace package `braid`."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+FOLDERS = ("pretrain", "parallel", "data_pipeline", "kernels", "launch")
+
+
+def packages() -> list[str]:
+    """Every package below the five code folders, as `braid.<folder>[.<sub-package>]`."""
+    names = []
+    for folder in FOLDERS:
+        names.append(f"braid.{folder}")
+        names += [f"braid.{folder}.{name}" for name in find_packages(str(HERE / folder))]
+    return names
+
+
+EXTRAS = {
+    "parquet": ["pyarrow>=15"],
+    "hf": ["transformers>=4.45"],
+    "wandb": ["wandb>=0.17"],
+    # What mosaicml-streaming needs at run time. The package itself is installed with --no-deps (see the Makefile): what
+    # it declares would replace torch and bring torchvision.
+    "mds": [
+        "zstd>=1.5",
+        "Brotli>=1.1",
+        "python-snappy>=0.7",
+        "catalogue>=2.0",
+        "pillow>=10",
+        "tqdm>=4.60",
+        "filelock>=3.12",
+    ],
+}
+TEST_TOOLS = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "setuptools>=77"]
+EXTRAS["test"] = [*TEST_TOOLS, *(package for name in ("parquet", "hf", "wandb", "mds") for package in EXTRAS[name])]
+
+setup(
+    name="braid-lm",
+    version="0.1.0",
+    description="Pretraining of discrete, continuous and joint diffusion language models at scale",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=packages(),
+    package_dir={f"braid.{folder}": folder for folder in FOLDERS},
+    package_data={
+        "braid.pretrain": ["recipes/*.yaml", "report/assets/*"],
+        "braid.kernels": ["*.inc"],
+    },
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "numpy>=1.26",
+        "scipy>=1.11",
+        "pyyaml>=6.0",
+        "rich>=13",
+        "safetensors>=0.4",
+        "tokenizers>=0.20",
+        "xxhash>=3.4",
+        "zstandard>=0.22",
+        "jinja2>=3.1",
+        "matplotlib>=3.8",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["braid = braid.launch.cli:main"]},
+)
