@@ -1,0 +1,260 @@
+"""A prepared corpus: what its files are called and hold, and random access to the tokens of a split.
+
+    manifest.json             version, tokenizer_hash, dtype, vocab_size, splits: {name: documents, tokens, bytes,
+                              rows, fingerprint}
+    tokenizer/                written by `Tokenizer.save`
+    train/, validation/       index.json and shard.*.mds with the columns `COLUMNS`, and rows.npy
+
+A split is stored as one long sequence of raw tokens without special ones, cut into blocks (stored rows), with the ends
+of documents beside it. Sequence length and packing are applied when reading, on the virtual stream
+
+    document EOS document EOS ...
+
+whose positions are found by arithmetic: nothing of it is ever written or held in memory.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from bisect import bisect_right
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from braid.data_pipeline.mds import INDEX_FILE, MDSReader, atomic_file
+from braid.data_pipeline.tokenizers import load_tokenizer
+from braid.kernels.errors import ConfigError, InputError
+
+MANIFEST_FILE = "manifest.json"
+MANIFEST_VERSION = 1
+TOKENIZER_FOLDER = "tokenizer"
+ROWS_FILE = "rows.npy"
+BLOCK_BYTES = 64 << 10
+"""Bytes of tokens in a stored row; the last row of a split may be shorter."""
+
+MAX_TABLES = 64  # shards whose block positions are kept; one table is some 16 KiB
+
+
+def COLUMNS(dtype: np.dtype | str) -> dict[str, str]:
+    """MDS columns of a split: `tokens`, a flat block of raw tokens of `dtype`, and `ends`, the increasing offsets in
+    1..len(tokens) before which a document of the block ends."""
+    return {"tokens": f"ndarray:{np.dtype(dtype).name}", "ends": "ndarray:int32"}
+
+
+def write_rows_file(folder: Path, rows: np.ndarray) -> None:
+    """Atomically write `rows.npy`: int64 [rows, 2], the tokens and the document ends of each stored row."""
+    assert rows.dtype == np.int64 and rows.ndim == 2 and rows.shape[1] == 2, f"{rows.dtype} {rows.shape}"
+    with atomic_file(Path(folder) / ROWS_FILE) as file:
+        np.save(file, rows)
+
+
+def split_fingerprint(folder: Path, tokenizer_hash: str) -> str:
+    """16 hex digits that name the content of a split: xxh3_64 of index.json, rows.npy and the tokenizer's hash."""
+    digest = xxhash.xxh3_64()
+    for name in (INDEX_FILE, ROWS_FILE):
+        with open(Path(folder) / name, "rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    digest.update(tokenizer_hash.encode())
+    return digest.hexdigest()
+
+
+class TokenCorpus:
+    """One split of a prepared corpus, opened with `TokenCorpus.open`.
+
+    manifest: dict. split, fingerprint (16 hex digits), dtype of stored tokens, vocab_size (mask included), tokenizer.
+    num_tokens, num_documents and num_bytes (original UTF-8 bytes) of the split; num_stream_tokens counts one EOS per
+    document more. shard_starts: stream position at which each shard begins, closed by num_stream_tokens.
+
+    Opening reads no shard: each is checked when it is first read. Memory does not grow with the corpus but for a few
+    numbers per shard. Reading is safe from several threads and after a fork; a corpus can be pickled.
+    """
+
+    @classmethod
+    def open(cls, folder: Path, split: str, damaged: str = "stop", ledger: Path | None = None) -> TokenCorpus:
+        """Open `split` ("train" or "validation") of a folder written by `braid prepare`.
+
+        damaged: what a missing or damaged shard means to the readers built on top: `stop` (InputError with its name)
+        or `skip` (its rows are left out and written to `ledger`, a file of JSON lines). Either way a read that touches
+        the shard is refused.
+
+        Raises InputError when the folder is missing, incomplete, changed, empty or does not fit its tokenizer.
+        """
+        folder = Path(folder)
+        if damaged not in ("stop", "skip"):
+            raise ConfigError("what to do about damaged shards is not known", found=f"damaged={damaged!r}",
+                              change="use `stop` or `skip`")
+        if damaged == "skip" and ledger is None:
+            raise ConfigError("rows of damaged shards cannot be skipped without a ledger to name them",
+                              change="give the ledger's path, or use `stop`")
+        return cls(folder, split, _read_manifest(folder), damaged, ledger)
+
+    def __init__(self, folder: Path, split: str, manifest: dict, damaged: str, ledger: Path | None) -> None:
+        self.folder, self.split, self.manifest, self.damaged, self.ledger = folder, split, manifest, damaged, ledger
+        if split not in manifest["splits"]:
+            raise InputError(f"the corpus {folder} has no split {split}",
+                             found=f"splits {', '.join(sorted(manifest['splits']))}",
+                             change="choose one of them or prepare the corpus again")
+        described = manifest["splits"][split]
+        self.num_tokens, self.num_documents = described["tokens"], described["documents"]
+        self.num_bytes, self.fingerprint = described["bytes"], described["fingerprint"]
+        if self.num_tokens == 0:
+            raise InputError(f"the {split} split of {folder} holds no tokens",
+                             change="prepare it from more text or with another --validation-fraction")
+        self.tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
+        self._check_tokenizer()
+        self.vocab_size, self.dtype = self.tokenizer.vocab_size, np.dtype(manifest["dtype"])
+        self.bos_id, self.eos_id = self.tokenizer.bos_id, self.tokenizer.eos_id
+        self._reader = MDSReader(folder / split)
+        self._open_rows()
+        self._check_fingerprint()
+
+        self._first_blocks = np.concatenate([[0], np.cumsum(self._reader.shard_rows)])
+        if self._first_blocks[-1] != len(self._rows):
+            raise self._changed(f"{self._first_blocks[-1]} rows in index.json, {len(self._rows)} in rows.npy")
+        per_shard = np.add.reduceat(self._rows, self._first_blocks[:-1], axis=0)
+        self._shard_tokens = [0, *np.cumsum(per_shard[:, 0]).tolist()]
+        self.shard_starts = [0, *np.cumsum(per_shard.sum(axis=1)).tolist()]
+        self.num_stream_tokens = self.num_tokens + self.num_documents
+        if (self._shard_tokens[-1], self.shard_starts[-1]) != (self.num_tokens, self.num_stream_tokens):
+            found = f"{self._shard_tokens[-1]} tokens, {self.shard_starts[-1] - self._shard_tokens[-1]} documents"
+            raise self._changed(f"{found} in rows.npy, {self.num_tokens} and {self.num_documents} in the manifest")
+        self._tables: dict[tuple[int, bool], list[int]] = {}
+        self._damage: dict[int, str | None] = {}
+
+    @property
+    def shard_names(self) -> list[str]:
+        """File names of the shards, in the order of the stream."""
+        return self._reader.shard_names
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Positions [start, stop) of the virtual stream "document EOS document EOS ...": 1-D array of `dtype`."""
+        out = np.empty(stop - start, self.dtype)
+        self.read_into(start, out)
+        return out
+
+    def read_into(self, start: int, out: np.ndarray) -> None:
+        """`read(start, start + len(out))` into an existing array."""
+        filled = 0
+        for tokens, ends, offset, num in self._blocks(self.shard_starts, True, start, start + len(out)):
+            _fill(out[filled : filled + num], tokens, ends, offset, self.eos_id)
+            filled += num
+
+    def stored_tokens(self, start: int, stop: int) -> np.ndarray:
+        """Raw tokens [start, stop) of the split, without any special token: 1-D array of `dtype`."""
+        blocks = self._blocks(self._shard_tokens, False, start, stop)
+        return np.concatenate([np.empty(0, self.dtype), *(tokens[at : at + num] for tokens, _, at, num in blocks)])
+
+    def damage(self, shard: int) -> str | None:
+        """Why a shard cannot be read, None when it is whole; found out at the first call, then remembered."""
+        if shard not in self._damage:
+            try:
+                self._reader.touch(shard)
+                self._damage[shard] = None
+            except InputError as error:
+                self._damage[shard] = error.found
+        return self._damage[shard]
+
+    def write_to_ledger(self, **entry: object) -> None:
+        """Append a JSON line to the ledger unless it is there already: other ranks and earlier starts of a run find the
+        same damage."""
+        line = json.dumps({"split": self.split, **entry}) + "\n"
+        self.ledger.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.ledger, "a+", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            if line not in file.readlines():
+                file.write(line)
+
+    def _blocks(self, shard_starts: list[int], in_stream: bool, start: int, stop: int) -> Iterator[tuple]:
+        """The blocks that hold [start, stop), as (tokens, ends, offset of the first position wanted, how many)."""
+        if not 0 <= start <= stop <= shard_starts[-1]:
+            raise IndexError(f"[{start}, {stop}) of {shard_starts[-1]} positions")
+        while start < stop:
+            shard = bisect_right(shard_starts, start) - 1
+            table = self._tables.get((shard, in_stream)) or self._table(shard, in_stream)
+            k = bisect_right(table, start) - 1
+            num = min(stop, table[k + 1]) - start
+            block = self._reader.shard_row(shard, k)
+            yield block["tokens"], block["ends"], start - table[k], num
+            start += num
+
+    def _table(self, shard: int, in_stream: bool) -> list[int]:
+        """Positions (in the stream, or in the raw tokens) at which the blocks of a shard begin, and where it ends."""
+        rows = self._rows[self._first_blocks[shard] : self._first_blocks[shard + 1]]
+        sizes = rows.sum(axis=1) if in_stream else rows[:, 0]
+        first = self.shard_starts[shard] if in_stream else self._shard_tokens[shard]
+        table = [first, *(first + np.cumsum(sizes)).tolist()]
+        if len(self._tables) >= MAX_TABLES:
+            self._tables.pop(list(self._tables)[0], None)
+        self._tables[shard, in_stream] = table
+        return table
+
+    def _open_rows(self) -> None:
+        path = self.folder / self.split / ROWS_FILE
+        try:
+            self._rows = np.load(path, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise self._changed(f"{path}: {error}") from error
+
+    def _check_tokenizer(self) -> None:
+        stored, expected = self.tokenizer.hash, self.manifest["tokenizer_hash"]
+        if stored != expected:
+            raise InputError(f"tokenizer mismatch: {self.folder / TOKENIZER_FOLDER} did not make this corpus",
+                             found=f"hash {stored}, the manifest says {expected}",
+                             change="put the original tokenizer back or prepare the corpus again")
+
+    def _check_fingerprint(self) -> None:
+        found = split_fingerprint(self.folder / self.split, self.tokenizer.hash)
+        if found != self.fingerprint:
+            raise self._changed(f"fingerprint {found}, the manifest says {self.fingerprint}")
+
+    def _changed(self, found: str) -> InputError:
+        return InputError(f"{self.folder / self.split}: index.json or rows.npy is not the one the manifest describes",
+                          found=found, change="copy the folder again or prepare the corpus again")
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_rows"}  # it would be copied whole
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._open_rows()
+
+
+def _fill(out: np.ndarray, tokens: np.ndarray, ends: np.ndarray, start: int, eos_id: int) -> None:
+    """Positions [start, start + len(out)) of one block's stream: its tokens with an EOS at each document end."""
+    positions = ends + np.arange(len(ends))  # of the EOS, in the stream of the block
+    before, until = np.searchsorted(positions, (start, start + len(out)))
+    raw = tokens[start - before : start + len(out) - until]
+    if before == until:
+        out[:] = raw
+        return
+    is_text = np.ones(len(out), bool)
+    is_text[positions[before:until] - start] = False
+    out[is_text] = raw
+    out[~is_text] = eos_id
+
+
+def _read_manifest(folder: Path) -> dict:
+    path = folder / MANIFEST_FILE
+    try:
+        manifest = json.loads(path.read_bytes())
+        for key in ("tokenizer_hash", "dtype", "vocab_size"):
+            manifest[key]
+        for split in manifest["splits"].values():
+            for key in ("documents", "tokens", "bytes", "rows", "fingerprint"):
+                split[key]
+        version = manifest["version"]
+    except OSError as error:
+        raise InputError(f"{folder} is not a prepared corpus", found=f"{path}: {error.strerror}",
+                         change="give a folder that `braid prepare` has finished writing") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is damaged", found=f"{type(error).__name__}: {error}",
+                         change="copy it again or prepare the corpus again") from error
+    if version != MANIFEST_VERSION:
+        raise InputError(f"{path} was written by another version of Braid", change="prepare the corpus again",
+                         found=f"version {version}, this one reads {MANIFEST_VERSION}")
+    return manifest

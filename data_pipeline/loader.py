@@ -1,0 +1,232 @@
+"""Batches for training and validation: which rows, in which order, for which rank.
+
+The only state is how far the run has come, one number for the samples consumed. Global batch k is the same, in the same
+order, whatever the number of data-parallel ranks, micro-batches and workers; a rank takes its contiguous slice of it.
+Nothing here is collective: a rank that needs no tokens builds no loader.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from braid.data_pipeline.order import ShuffledOrder
+from braid.data_pipeline.packing import Rows
+from braid.kernels.errors import BraidError, CheckpointError, ConfigError, DataExhausted, TrainingFailed
+
+STATE_VERSION = 1
+PREFETCHED = 4  # micro-batches each worker reads ahead
+
+
+@dataclass
+class Batch:
+    """b sequences of L tokens.
+
+    tokens: int64 [b, L]. loss_mask: bool [b, L], False at padding (rows are full: True everywhere). ordinals: int64
+    [b], positions of the samples in the endless global order; they key all noise.
+    """
+
+    tokens: torch.Tensor
+    loss_mask: torch.Tensor
+    ordinals: torch.Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on `device`."""
+        return Batch(self.tokens.to(device), self.loss_mask.to(device), self.ordinals.to(device))
+
+    @classmethod
+    def of_rows(cls, rows: np.ndarray, ordinals: np.ndarray) -> Batch:
+        """rows: [b, L] of any integer dtype; ordinals: int64 [b]."""
+        tokens = torch.from_numpy(rows.astype(np.int64))
+        return cls(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.from_numpy(ordinals))
+
+
+class Loader:
+    """Endless training batches of one data-parallel rank: rank r of n takes samples [r G/n, (r+1) G/n) of each global
+    batch of G, cut into micro-batches.
+
+    Iterating yields, for each step, the list of this rank's micro-batches (list[Batch]) and goes on from `consumed`,
+    which counts a step in as soon as it is handed out; what workers have read ahead does not count.
+
+    Rows of damaged shards, where the corpus skips them, are replaced by the rows that follow in the order; ordinals do
+    not move. `position` is then ahead of `consumed` by the rows left out. Every rank checks all shards of the global
+    batch in that case, so that all ranks replace the same rows.
+
+    workers: processes that read ahead; 0 reads in this one. A worker that dies raises TrainingFailed within seconds.
+
+    Raises ConfigError when the batch does not divide, DataExhausted when the corpus has fewer rows than a global batch,
+    and while iterating InputError with the name of a missing or damaged shard.
+    """
+
+    def __init__(self, rows: Rows, order: ShuffledOrder, *, global_batch_size: int, micro_batch_size: int,
+                 data_rank: int, data_size: int, consumed: int = 0, workers: int = 0) -> None:
+        assert len(rows) == len(order) and 0 <= data_rank < data_size and consumed >= 0
+        if global_batch_size < 1 or global_batch_size % (micro_batch_size * data_size):
+            raise ConfigError("the global batch cannot be cut into equal micro-batches",
+                              found=f"global_batch_size {global_batch_size}, micro_batch_size {micro_batch_size} x "
+                              f"{data_size} data-parallel ranks = {micro_batch_size * data_size}",
+                              change="make global_batch_size a multiple of micro_batch_size x data-parallel ranks")
+        if len(rows) < global_batch_size:
+            corpus = rows.corpus
+            raise DataExhausted(f"the {corpus.split} split of {corpus.folder} has fewer rows than one global batch",
+                                found=f"{len(rows)} rows of {rows.sequence_length} tokens, global_batch_size "
+                                f"{global_batch_size}",
+                                change="use more data, a smaller global_batch_size or a shorter sequence_length")
+        self.rows, self.order, self.workers = rows, order, workers
+        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.consumed = self.position = consumed
+        self._first = data_rank * global_batch_size // data_size
+        self._stop = (data_rank + 1) * global_batch_size // data_size
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        num_micro_batches = (self._stop - self._first) // self.micro_batch_size
+        positions: deque[int] = deque()  # where each step that was planned, perhaps only read ahead, ends
+
+        def requests() -> Iterator[np.ndarray]:
+            position = self.position
+            while True:
+                indices, position = self._plan_step(position)
+                positions.append(position)
+                yield from np.split(indices, num_micro_batches)
+
+        if self.workers:
+            rows = _read_in_workers(self.rows, requests(), self.workers)
+        else:
+            rows = map(self.rows.read, requests())
+        while True:
+            ordinals = self.consumed + np.arange(self._first, self._stop)
+            step = [Batch.of_rows(next(rows), part) for part in np.split(ordinals, num_micro_batches)]
+            self.consumed += self.global_batch_size
+            self.position = positions.popleft()
+            yield step
+
+    def state_dict(self) -> dict:
+        """What a run needs to go on, whatever its layout then, and what must not have changed meanwhile."""
+        return {"consumed": self.consumed, "position": self.position, **self._identity()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on where `state` was taken. Raises CheckpointError when the corpus, the rows or the order differ."""
+        for name, ours in self._identity().items():
+            if state.get(name) != ours:
+                raise CheckpointError(f"the checkpoint's data cannot be continued: {name} differs",
+                                      found=f"checkpoint {state.get(name)}, this run {ours}",
+                                      change="use the checkpoint's corpus and data settings, or start afresh")
+        self.consumed, self.position = state["consumed"], state["position"]
+
+    def _identity(self) -> dict:
+        return {
+            "version": STATE_VERSION,
+            "seed": self.order.seed,
+            "window": self.order.window,
+            "fingerprint": self.rows.corpus.fingerprint,
+            "sequence_length": self.rows.sequence_length,
+            "packing": self.rows.packing,
+        }
+
+    def _plan_step(self, position: int) -> tuple[np.ndarray, int]:
+        """Row indices of this rank in the global batch that starts at `position`, and the position where it ends."""
+        if self.rows.corpus.damaged == "stop":
+            mine = [self.order[position + k] for k in range(self._first, self._stop)]
+            return np.array(mine), position + self.global_batch_size
+        kept: list[int] = []
+        num_left_out = 0
+        while len(kept) < self.global_batch_size:
+            row = self.order[position]
+            position += 1
+            if not self.rows.is_left_out(row):
+                kept.append(row)
+                num_left_out = 0
+                continue
+            num_left_out += 1
+            if num_left_out == 2 * len(self.rows):  # a whole epoch lies in between, wherever the first of them was
+                raise DataExhausted(f"every shard of the {self.rows.corpus.split} split is missing or damaged",
+                                    found=f"{self.rows.corpus.folder}, ledger {self.rows.corpus.ledger}",
+                                    change="copy the corpus again or prepare it again")
+        return np.array(kept[self._first : self._stop]), position
+
+
+def validation_batches(rows: Rows, num_sequences: int, micro_batch_size: int, data_rank: int,
+                       data_size: int) -> Iterator[Batch]:
+    """This rank's share of the first `num_sequences` rows (of all rows, when there are fewer), in order.
+
+    Row i has ordinal i. Over the ranks every row comes exactly once, except rows of damaged shards where the corpus
+    skips those; the last batch may be short, and ranks may differ by one in their number of batches.
+    """
+    num_sequences = min(num_sequences, len(rows))
+    mine = range(data_rank * num_sequences // data_size, (data_rank + 1) * num_sequences // data_size)
+    kept = (i for i in mine if not rows.is_left_out(i))
+    while indices := list(islice(kept, micro_batch_size)):
+        yield Batch.of_rows(rows.read(indices), np.array(indices))
+
+
+class _RowReader(Dataset):
+    """Runs in a worker: indices -> rows. An error a user can act on travels as a value, for torch would hand it on as
+    the text of a traceback."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def __getitem__(self, indices: np.ndarray) -> np.ndarray | BraidError:
+        try:
+            return self.rows.read(indices)
+        except BraidError as error:
+            return error
+
+
+def _read_in_workers(rows: Rows, requests: Iterable[np.ndarray], workers: int) -> Iterator[np.ndarray]:
+    """`map(rows.read, requests)`, read ahead by processes."""
+    loader = DataLoader(_RowReader(rows), batch_size=None, sampler=requests, collate_fn=_unchanged, num_workers=workers,
+                        prefetch_factor=PREFETCHED, worker_init_fn=_live_as_long_as_the_trainer,
+                        generator=torch.Generator())  # else it would draw a number from the global one
+    previous = signal.getsignal(signal.SIGCHLD)
+    results = iter(loader)
+    if previous is not None and threading.current_thread() is threading.main_thread():
+        # torch has just installed a handler that raises wherever the main thread is when a worker dies, were it in the
+        # middle of a checkpoint. Without it `next` finds out (it looks every 5 s while waiting), in one place.
+        signal.signal(signal.SIGCHLD, previous)
+    try:
+        while True:
+            try:
+                result = next(results)
+            except RuntimeError as error:
+                result = TrainingFailed("a data worker died", found=str(error),
+                                        change="look for the kernel's out-of-memory killer; data.workers=0 reads "
+                                        "without workers")
+            except BraidError as error:  # from planning the requests
+                result = error.with_traceback(None)
+            if isinstance(result, BraidError):
+                raise result
+            yield result
+    finally:
+        del results  # which ends the workers: the frames of an error, this one included, may live long
+
+
+def _unchanged(batch: np.ndarray) -> np.ndarray:
+    return batch
+
+
+def _live_as_long_as_the_trainer(worker: int) -> None:
+    """Schedulers signal every process of a job when they preempt it. The trainer then finishes its step and saves, for
+    which it needs its workers: they end when the trainer says so or is gone, not by signals from elsewhere."""
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    trainer = multiprocessing.parent_process().pid
+
+    def wait_for_the_trainer() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait_for_the_trainer, daemon=True).start()

@@ -1,0 +1,339 @@
+"""`braid prepare`: documents to a corpus of token shards, once, for every sequence length and way of packing.
+
+The steps, in the order of this file: what is asked for; which documents are validation and which tokenizer is used
+(the plan); tokenising in processes; writing; the manifest, which comes last and makes the folder a corpus. The same
+inputs and settings give the same bytes, whatever the number of processes and however often it was interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+from braid.data_pipeline.blocks import JOURNAL_FILE, BlockWriter, Journal, differences
+from braid.data_pipeline.corpus import BLOCK_BYTES, MANIFEST_FILE, TOKENIZER_FOLDER, split_fingerprint
+from braid.data_pipeline.embedded import EmbeddedCorpus
+from braid.data_pipeline.mds import atomic_file
+from braid.data_pipeline.progress import Progress
+from braid.data_pipeline.readers import TextFiles
+from braid.data_pipeline.splitting import Source, Split, choose_split, training_sample
+from braid.data_pipeline.tokenising import batches_of, tokenised
+from braid.data_pipeline.tokenizers import Tokenizer, check_bpe_size, load_tokenizer, train_bpe
+from braid.kernels.errors import InputError
+
+SHARD_BYTES = 64 << 20
+EMBEDDED_VOCAB_SIZE = 2048
+SAMPLE_BYTES = 64 << 20
+"""Most text a tokenizer is trained on; ten seconds of training."""
+SPLITS = ("train", "validation")
+
+
+def prepare(
+    inputs: Sequence[str | Path],
+    tokenizer: str | Path,
+    output: str | Path,
+    *,
+    validation_fraction: float = 0.05,
+    workers: int = 1,
+    text_field: str = "text",
+    separator: str | None = None,
+    row_tokens: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    progress: bool = True,
+) -> dict:
+    """Make a corpus of `inputs` (see `readers.TextFiles`) in the folder `output`; returns its manifest.
+
+    tokenizer: what `load_tokenizer` takes, or `train:N` for a byte-level BPE of N ids learnt from the training split.
+    validation_fraction: share set apart, whole documents chosen by hash; a single document is cut at a line end.
+    workers: processes; one also uses the tokenizer library's own threads. separator: stands between the documents of a
+    .txt file, which otherwise is one document. row_tokens: tokens in a stored row, by default 64 KiB of them.
+    shard_bytes: largest shard.
+
+    Continues where an interrupted preparation of the same stopped; does nothing where it was finished. Raises
+    InputError for inputs that cannot be read, an output folder with something else in it, a disk that is full.
+    """
+    settings = {
+        "text_field": text_field,
+        "separator": separator,
+        "validation_fraction": validation_fraction,
+        "row_tokens": row_tokens,
+        "shard_bytes": shard_bytes,
+    }
+    with Progress(progress) as report:
+        _check(settings, workers)
+        source = TextFiles(inputs, text_field=text_field, separator=separator)
+        return _prepare(source, str(tokenizer), Path(output), settings, workers, report)
+
+
+def prepare_embedded(
+    output: str | Path,
+    *,
+    vocab_size: int = EMBEDDED_VOCAB_SIZE,
+    tokenizer: str | Path | None = None,
+    validation_fraction: float = 0.05,
+    workers: int = 1,
+    row_tokens: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    progress: bool = True,
+) -> dict:
+    """`prepare` for the text that comes with Python (see `embedded`), with a tokenizer of `vocab_size` ids trained on
+    it unless `tokenizer` names another."""
+    settings = {"validation_fraction": validation_fraction, "row_tokens": row_tokens, "shard_bytes": shard_bytes}
+    with Progress(progress) as report:
+        _check(settings, workers)
+        chosen = str(tokenizer or f"train:{vocab_size}")
+        return _prepare(EmbeddedCorpus(), chosen, Path(output), settings, workers, report)
+
+
+def _prepare(source: Source, tokenizer: str, output: Path, settings: dict, workers: int, report: Progress) -> dict:
+    label, make_tokenizer = _tokenizer(tokenizer)
+    versions = {name: version(name) for name in ("braid-lm", "tokenizers")}
+    settings = settings | {"tokenizer": label}
+    header = {"settings": settings, "sources": source.describe(), "versions": versions}
+    if (output / MANIFEST_FILE).is_file():
+        manifest = _finished(output, header)
+        report.note(f"{output} is already prepared from these inputs with these settings")
+        return manifest
+    if source.num_ignored:
+        report.note(f"left out {source.num_ignored} files of other kinds in the folders")
+    with _explained(output, source), Journal(output, header) as journal:
+        chosen, split = _plan(journal, source, make_tokenizer, output, settings, report)
+        writers = {name: _writer(name, output, chosen, settings, journal) for name in SPLITS}
+        if journal.num_shards:
+            report.note(f"going on after {journal.num_shards} finished shards")
+        _fill(writers, source, split, chosen, output / TOKENIZER_FOLDER, workers, report)
+        manifest = _commit(writers, chosen, output, header)
+        journal.remove()
+    return manifest
+
+
+def _check(settings: dict, workers: int) -> None:
+    if not 0 < settings["validation_fraction"] < 1:
+        change = "give a share between 0 and 1, such as 0.05; both splits need text"
+        raise InputError("impossible --validation-fraction", found=str(settings["validation_fraction"]), change=change)
+    row_tokens, shard_bytes = settings["row_tokens"], settings["shard_bytes"]
+    limits = (("workers", workers, 4096), ("row_tokens", row_tokens, 1 << 24), ("shard_bytes", shard_bytes, 2**32 - 1))
+    for name, value, largest in limits:
+        if value is not None and not 1 <= value <= largest:
+            raise InputError(f"impossible {name}", found=str(value), change=f"give a number from 1 to {largest}")
+
+
+def _tokenizer(chosen: str) -> tuple[str, Callable[[Source, Split], Tokenizer]]:
+    """What identifies the tokenizer in the settings, and how to get it once the split is known."""
+    if not chosen.startswith("train:"):
+        loaded = load_tokenizer(chosen)
+        return loaded.hash, lambda source, split: loaded
+    number = chosen.removeprefix("train:")
+    if not number.isdecimal():
+        raise InputError("no vocabulary size to train a tokenizer with", found=chosen, change="write train:8192")
+    check_bpe_size(int(number))
+    return chosen, lambda source, split: train_bpe(training_sample(source, split, SAMPLE_BYTES), int(number))
+
+
+def _finished(output: Path, header: dict) -> dict:
+    path = output / MANIFEST_FILE
+    try:
+        manifest = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path} is damaged", found=str(error), change=f"delete {output} or give another") from error
+    if not isinstance(manifest, dict) or not header.keys() <= manifest.keys():
+        raise InputError(f"{path} is not of a corpus written by `braid prepare`", change="give another --output")
+    # Other versions than today's may have written it; what they wrote is finished all the same.
+    if differing := differences(manifest, header | {"versions": manifest["versions"]}):
+        raise InputError(
+            f"{output} holds a corpus prepared differently",
+            found=differing,
+            change=f"give another --output, or delete {output} to prepare it again",
+        )
+    (output / JOURNAL_FILE).unlink(missing_ok=True)  # stopped between the manifest and the end
+    return manifest
+
+
+def _plan(
+    journal: Journal,
+    source: Source,
+    make_tokenizer: Callable[[Source, Split], Tokenizer],
+    output: Path,
+    settings: dict,
+    report: Progress,
+) -> tuple[Tokenizer, Split]:
+    """The tokenizer and the split: from the journal, or decided now and written there."""
+    folder = output / TOKENIZER_FOLDER
+    if journal.plan is not None:
+        tokenizer = load_tokenizer(folder)
+        if tokenizer.hash != journal.plan["tokenizer_hash"]:
+            raise InputError(f"{folder} was changed since", change=f"delete {output} and start again")
+        return tokenizer, Split(**journal.plan["split"])
+    split = choose_split(source, settings["validation_fraction"])
+    if split.cut is not None:
+        report.note("there is only one document: its last part, from a line boundary on, becomes the validation split")
+    tokenizer = make_tokenizer(source, split)
+    if settings["tokenizer"] not in (tokenizer.hash, f"train:{tokenizer.vocab_size}"):
+        report.note(f"this text is enough for a vocabulary of {tokenizer.vocab_size} ids only")
+    tokenizer.save(folder)
+    plan = {"tokenizer_hash": tokenizer.hash, "split": {"threshold": split.threshold, "cut": split.cut}}
+    journal.append({"plan": plan})
+    return tokenizer, split
+
+
+def _writer(name: str, output: Path, tokenizer: Tokenizer, settings: dict, journal: Journal) -> BlockWriter:
+    return BlockWriter(
+        output / name,
+        tokenizer.dtype,
+        row_tokens=settings["row_tokens"] or BLOCK_BYTES // tokenizer.dtype.itemsize,
+        shard_bytes=settings["shard_bytes"],
+        records=journal.records(name),
+        on_shard=lambda record: journal.append({"split": name, **record}),
+    )
+
+
+def _fill(
+    writers: dict[str, BlockWriter],
+    source: Source,
+    split: Split,
+    tokenizer: Tokenizer,
+    folder: Path,
+    workers: int,
+    report: Progress,
+) -> None:
+    """Tokenise what is not in finished shards yet and write it."""
+
+    def total(count: str) -> int:
+        return sum(getattr(writer, count) for writer in writers.values())
+
+    first_file = min(writer.resume_at.piece[0] for writer in writers.values())
+    assigned = split.assign(source.pieces(first_file))
+    missing = ((name, piece) for name, piece in assigned if piece[:3] >= writers[name].resume_at.piece)
+    report.begin(source.total_bytes)
+    for batch, ids_of_batch in tokenised(batches_of(missing, source), tokenizer, folder, workers):
+        for (name, piece), ids in zip(batch.pieces, ids_of_batch, strict=True):
+            writers[name].add(piece, ids)
+        report.update(total("documents"), total("num_bytes"), total("num_tokens"), batch.position)
+    for writer in writers.values():
+        writer.finish()
+
+
+def _commit(writers: dict[str, BlockWriter], tokenizer: Tokenizer, output: Path, header: dict) -> dict:
+    """Write the manifest. Only with it is the folder a corpus."""
+    splits = {
+        name: {
+            "documents": writer.documents,
+            "tokens": writer.num_tokens,
+            "bytes": writer.num_bytes,
+            "rows": writer.num_rows,
+            "fingerprint": split_fingerprint(output / name, tokenizer.hash),
+        }
+        for name, writer in writers.items()
+    }
+    if empty := [name for name, counts in splits.items() if counts["tokens"] == 0]:
+        raise InputError(
+            f"no text came into the {empty[0]} split",
+            found=", ".join(f"{counts['documents']} documents in {name}" for name, counts in splits.items()),
+            change=f"delete {output} and give more documents or another --validation-fraction",
+        )
+    manifest = {
+        "version": 1,
+        "tokenizer_hash": tokenizer.hash,
+        "dtype": tokenizer.dtype.name,
+        "vocab_size": tokenizer.vocab_size,
+        "splits": splits,
+        **header,
+    }
+    with atomic_file(output / MANIFEST_FILE) as file:
+        file.write((json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
+    return manifest
+
+
+@contextmanager
+def _explained(output: Path, source: Source) -> Iterator[None]:
+    """Turn what the file system refuses into an InputError."""
+    try:
+        yield
+    except OSError as error:
+        path = error.filename or output
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise InputError(
+                f"no space left to write {path} ({error.strerror})",
+                found=_space(output, source),
+                change="free some space and run the same command again, it goes on where it stopped; "
+                "or give another --output",
+            ) from error
+        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError) or error.errno == errno.EROFS:
+            change = "give an --output folder that you may write to"
+            raise InputError(f"{path} cannot be written", found=str(error.strerror), change=change) from error
+        raise
+
+
+def _space(output: Path, source: Source) -> str:
+    """Free and missing bytes; what is missing is guessed from the share of the input that has been read."""
+    free = f"{shutil.disk_usage(output).free / 1e6:,.1f} MB free"
+    written = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    if not 0 < source.position < source.total_bytes:
+        return free
+    missing = written * (source.total_bytes / source.position - 1)
+    return f"{free}, about {missing / 1e6:,.1f} MB more needed"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `braid prepare`."""
+    add = parser.add_argument
+    add("--input", nargs="+", metavar="PATH", help="files, folders, patterns: .txt, .jsonl (also .gz, .zst), .parquet")
+    add("--embedded", action="store_true", help="prepare the text that comes with Python instead of --input")
+    add("--output", required=True, metavar="DIR", help="folder of the corpus; an interrupted one is continued")
+    add("--tokenizer", metavar="T", help="bytes, train:N (byte-level BPE of N ids), a tokenizer.json, or its folder")
+    add("--vocab-size", type=int, metavar="N", help=f"with --embedded: train:N, by default {EMBEDDED_VOCAB_SIZE}")
+    add("--text-field", default="text", metavar="F", help="field of .jsonl and .parquet with the text (text)")
+    add("--separator", metavar="S", help=r"text between the documents of a .txt file; \n and \t are understood")
+    add("--validation-fraction", type=float, default=0.05, metavar="F", help="share set apart for validation (0.05)")
+    add("--workers", type=int, default=1, metavar="N", help="processes that tokenise (1)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run `braid prepare`; returns the exit code. InputError goes to the caller."""
+    try:
+        manifest = _from_arguments(args)
+    except KeyboardInterrupt:
+        print("braid: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    print(f"prepared {args.output}")
+    for name, counts in manifest["splits"].items():
+        ratio = counts["bytes"] / counts["tokens"]
+        print(f"  {name:11}{counts['documents']:>12,} documents {counts['tokens']:>15,} tokens  {ratio:.2f} bytes each")
+    print(f"  {'tokenizer':11}{manifest['vocab_size']:>12,} ids")
+    print(f"next: braid pretrain own_text data.path={shlex.quote(args.output)}")
+    return 0
+
+
+def _from_arguments(args: argparse.Namespace) -> dict:
+    common = {"validation_fraction": args.validation_fraction, "workers": args.workers}
+    if args.embedded == bool(args.input):
+        found = "both" if args.embedded else "neither"
+        change = "give --input FILES|DIR ..., or --embedded for the text that comes with Python"
+        raise InputError("one of --input and --embedded is needed", found=found, change=change)
+    if args.embedded:
+        if args.separator is not None or args.text_field != "text":
+            change = "leave these options out: they are about the files of --input"
+            raise InputError("--embedded has neither text field nor separator", change=change)
+        if args.tokenizer and args.vocab_size:
+            change = "leave out one of the two"
+            raise InputError("--vocab-size is for a tokenizer trained here, --tokenizer names another", change=change)
+        size = EMBEDDED_VOCAB_SIZE if args.vocab_size is None else args.vocab_size
+        return prepare_embedded(args.output, vocab_size=size, tokenizer=args.tokenizer, **common)
+    if args.tokenizer is None:
+        change = f"give --tokenizer bytes, train:{args.vocab_size or 8192}, a tokenizer.json or a folder with one"
+        raise InputError("which tokenizer?", change=change)
+    if args.vocab_size is not None:
+        change = f"write --tokenizer train:{args.vocab_size} to train one of that size"
+        raise InputError("--vocab-size goes with --embedded", change=change)
+    separator = None if args.separator is None else args.separator.replace(r"\n", "\n").replace(r"\t", "\t")
+    return prepare(
+        args.input, args.tokenizer, args.output, text_field=args.text_field, separator=separator, **common
+    )
