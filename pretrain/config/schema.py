@@ -1,0 +1,264 @@
+"""The configuration of a run: frozen dataclasses, one docstring under every field (shown by `braid pretrain --help`).
+
+No torch, no I/O, no device here: a configuration is data. `load.py` reads recipes and overrides into these classes,
+`validate.py` says everything that is wrong with one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where the run lives and what it runs on."""
+
+    dir: str = "runs/default"
+    """Run directory: configuration, metrics, checkpoints, samples and report all go below it."""
+    seed: int = 0
+    """Key of every random draw: order of the data, initialisation, times, masks and noise."""
+    device: str = "auto"
+    """`auto` (CUDA when there is one), `cpu` or `cuda`."""
+    precision: str = "fp32"
+    """`fp32`, or `bf16` (autocast; weights, loss, times and schedules stay float32 or better)."""
+    deterministic: bool = True
+    """Use torch's deterministic algorithms, so that a resumed run continues bit for bit."""
+    threads: int = 0
+    """CPU threads per process; 0 leaves torch's choice. Bitwise resume needs the same number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The prepared corpus (see `braid prepare`) and how rows are cut from it."""
+
+    path: str = "data/embedded"
+    """Folder written by `braid prepare`; it holds `train/`, `validation/` and `tokenizer/`."""
+    sequence_length: int = 128
+    """Tokens in a row, special tokens included."""
+    packing: str = "wrap"
+    """`wrap`: BOS + L-2 tokens of the stream + EOS (the MDLM and Duo convention); `stream`: L tokens of the stream.
+    The stream is the documents one after the other, each followed by EOS."""
+    window: int = 4
+    """Shards shuffled together: larger mixes better, smaller reads fewer shards at a time."""
+    workers: int = 0
+    """Loader processes per rank; 0 reads in the training process (fastest for local files)."""
+    damaged: str = "stop"
+    """A damaged or missing shard: `stop` with its name, or `skip` its rows and write them into a ledger."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The diffusion transformer (DiT) all objectives share; defaults are the field's "small" size."""
+
+    width: int = 768
+    """Hidden width d."""
+    num_layers: int = 12
+    """Transformer blocks."""
+    num_heads: int = 12
+    """Attention heads; the head dimension is width / num_heads and must be even (RoPE)."""
+    mlp_ratio: float = 4.0
+    """Width of the MLP over the width of the model."""
+    cond_dim: int = 128
+    """Width of the time conditioning that drives adaLN."""
+    dropout: float = 0.0
+    """Dropout probability in the blocks (after attention and MLP); attention weights are never dropped."""
+    rope_base: float = 10000.0
+    """Base of the rotary position embedding."""
+    activation_checkpointing: str = "none"
+    """`none`, or `block`: keep only the input of each block and recompute the rest in the backward pass."""
+    compile: bool = False
+    """Compile the blocks with torch.compile."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ARConfig:
+    """Autoregressive baseline: causal mask, next-token cross-entropy."""
+
+    name: str = "ar"
+    """`ar`"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MDLMConfig:
+    """Masked diffusion (arXiv 2406.07524) with the SUBS parametrisation and the log-linear schedule."""
+
+    name: str = "mdlm"
+    """`mdlm`"""
+    loss: str = "elbo"
+    """Training weight of a masked token: `elbo` (1/t) or `low_variance` (1)."""
+    schedule_eps: float = 1e-3
+    """Training schedule alpha_t = 1 - (1 - eps) t; evaluation always uses eps = 0, which makes the number a bound."""
+    time_min: float = 1e-3
+    """Smallest time drawn in training; times are mapped to [time_min, 1]."""
+    time_conditioning: bool = False
+    """Feed the time to the network. The published model feeds 0, which allows the sampling cache."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """The frozen encoder whose per-token representations are the continuous strand."""
+
+    kind: str = "table"
+    """`table` (built from the training corpus: PPMI and truncated SVD), `random` (control: a fixed Gaussian table) or
+    `huggingface` (a frozen pretrained encoder that shares the corpus's tokenizer)."""
+    path: str = ""
+    """For `huggingface`: local folder or hub name. For `table`: the table's file; empty means `encoder_table.npz` in
+    the data folder, built on first use."""
+    latent_dim: int = 32
+    """Dimensions kept of each representation (the first ones)."""
+    layer: int = -1
+    """For `huggingface`: which hidden state; -1 is the last."""
+    window: int = 4
+    """For `table`: co-occurrences are counted up to this many tokens apart."""
+    variance_floor: float = 1e-6
+    """Added to the variance when a representation is standardised over its dimensions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CCDDConfig:
+    """Joint continuous-discrete diffusion (CCDD, arXiv 2510.03206) with the MDiT backbone, leak-free."""
+
+    name: str = "ccdd"
+    """`ccdd`"""
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    """The frozen encoder of the continuous strand."""
+    schedule: str = "vp_linear"
+    """Continuous schedule: `vp_linear` (sqrt(1-t), sqrt(t)) or `flow_linear` (1-t, t)."""
+    token_weight: str = "dynamic"
+    """Training weight of a masked token's cross-entropy: `dynamic` (2 (1-t), the published one), `elbo` (1/t) or
+    `uniform` (1)."""
+    continuous_weight: str = "ddpm_x"
+    """Weight over time of the latent error: `uniform`, `snr`, `min_snr`, `inv_snr`, `sqrt_snr`, `ddpm_x`, `karras`
+    (for vp_linear; clipped as published) or `elbo` (the Gaussian bound's own)."""
+    continuous_scale: float = 1.0
+    """Factor of the latent term in the training loss."""
+    full_visibility_probability: float = 0.5
+    """Probability that a sequence trains at p_r = 1 (the encoder sees visible tokens only, the case the bound is
+    about); otherwise p_r is uniform on [0, 1]."""
+    latent_dropout: float = 0.1
+    """Probability that a sequence trains without latents (z = 0), for guidance at sampling."""
+    time_eps: float = 1e-4
+    """Training times are mapped to [eps, 1 - eps]."""
+    latent_sigma: float = 0.1
+    """Standard deviation s of q(z_0|x) = N(E(x), s^2 I), for the true joint bound only."""
+    leaky_encoder: bool = False
+    """The released code's encoding (encode the clean text, zero outputs afterwards). It lets hidden tokens leak, so no
+    number computed with it is called a bound. For reproduction only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and the learning-rate schedule."""
+
+    lr: float = 3e-4
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices; embeddings, biases, norms and vectors are never decayed."""
+    clip_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
+    schedule: str = "constant"
+    """After warm-up: `constant`, `cosine` (to min_lr_ratio at the last step) or `wsd` (constant, then linear decay)."""
+    warmup_steps: int = 2500
+    """Steps of linear warm-up from 0."""
+    decay_steps: int = 0
+    """For `wsd`: length of the final decay in steps."""
+    min_lr_ratio: float = 0.1
+    """Final learning rate over the peak, for `cosine` and `wsd`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Length of the run, batch and what happens along the way."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    global_batch_size: int = 512
+    """Sequences per optimizer step over all ranks and micro-batches."""
+    micro_batch_size: int = 32
+    """Sequences per forward pass on one rank; the rest of the global batch is accumulated."""
+    ema_decay: float = 0.9999
+    """Decay of the exponential moving average of the weights; 0 keeps none."""
+    log_every: int = 10
+    """Steps between progress lines."""
+    validate_every: int = 0
+    """Steps between validations; 0 validates at the end only."""
+    validation_sequences: int = 256
+    """Validation sequences used during training (the first ones; the final number comes from `braid evaluate`)."""
+    sample_every: int = 0
+    """Steps between samples drawn during training; 0 draws none."""
+    num_samples: int = 4
+    """Samples drawn each time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save, what to keep, where to continue from."""
+
+    every: int = 0
+    """Steps between checkpoints; 0 saves at the end (and on a signal) only."""
+    keep: int = 2
+    """Newest checkpoints kept; older ones are removed once a newer one is verified. 0 keeps all."""
+    resume: str = "auto"
+    """`auto` (continue from the newest valid checkpoint of this run, if any) or `never` (refuse to reuse the folder)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """Default sampler of `braid sample` and of samples drawn while training."""
+
+    steps: int = 64
+    """Denoising steps T. Network calls are counted and printed."""
+    continuous_sampler: str = "ddim"
+    """For joint models: `ddim` or `ddpm`."""
+    guidance: float = 1.0
+    """Classifier-free guidance weight w of the latents; 1 is none and costs one call a step, otherwise two."""
+    temperature: float = 1.0
+    """Temperature of the token distribution."""
+    top_p: float = 1.0
+    """Nucleus: keep the smallest set of tokens with at least this mass; 1 keeps all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TelemetryConfig:
+    """Sinks beside metrics.jsonl, which is always written first."""
+
+    wandb: str = "off"
+    """`off`, `online` or `offline`. The run id is kept in the run directory, so a resumed run continues its curve."""
+    wandb_project: str = "braid"
+    """W&B project."""
+    wandb_name: str = ""
+    """W&B run name; empty takes the run directory's name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything about a run. Saved resolved as `config.yaml` in the run directory; that file is itself a recipe."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    """Where the run lives."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What it eats."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The network."""
+    objective: ARConfig | MDLMConfig | CCDDConfig = field(default_factory=MDLMConfig)
+    """What is learnt; `objective.name` chooses the class and so the fields."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """How it is learnt."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """How long."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """What is kept."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How samples are drawn."""
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    """Who else is told."""
+
+
+OBJECTIVES = {"ar": ARConfig, "mdlm": MDLMConfig, "ccdd": CCDDConfig}
+"""The class of `objective` by its `name`."""

@@ -1,0 +1,290 @@
+"""Everything that is wrong with the values of a configuration, found before anything is built.
+
+Pure: no device, no files, no torch. What depends on the machine or on the data (is there a GPU, does the folder exist,
+is the corpus long enough) is checked where it is used. A value that is not the neutral one (empty, 0, -1) and that the
+chosen options would ignore is a problem too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from braid.pretrain.config.problem import Problem, configuration_error, listed, nearest
+from braid.pretrain.config.schema import (
+    OBJECTIVES,
+    CCDDConfig,
+    Config,
+    EncoderConfig,
+    MDLMConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainingConfig,
+)
+
+CONTINUOUS_WEIGHTS = ("uniform", "snr", "min_snr", "inv_snr", "sqrt_snr", "ddpm_x", "karras", "elbo")
+SHORTEST_ROW = {"wrap": 4, "stream": 2}  # BOS + two tokens + EOS; one token to predict the next from
+
+
+def validate(config: Config, *, world_size: int = 1) -> None:
+    """Raise ConfigError with all problems, if there are any."""
+    found = problems(config, world_size=world_size)
+    if found:
+        raise configuration_error(found)
+
+
+def problems(config: Config, *, world_size: int = 1) -> list[Problem]:
+    """All problems of a configuration that is to run on `world_size` data-parallel ranks, in the order of the schema.
+
+    What is wrong at world size 1 is wrong at every world size.
+    """
+    assert world_size >= 1
+    check = _Check()
+    _run_and_data(check, config)
+    _model(check, config.model)
+    _objective(check, config)
+    _optimizer(check, config.optimizer, config.training.steps)
+    _training(check, config.training, world_size)
+    _rest(check, config)
+    return check.problems
+
+
+@dataclass
+class _Check:
+    """Collects problems. The comparisons are written so that NaN never passes."""
+
+    problems: list[Problem] = field(default_factory=list)
+
+    def add(self, what: str, found: str = "", change: str = "") -> None:
+        self.problems.append(Problem(what, found, change))
+
+    def one_of(self, path: str, value: str, allowed: Collection[str]) -> None:
+        if value not in allowed:
+            alike = nearest(value, allowed, count=1)
+            self.add(
+                f"{path} = {value!r} is not one of {listed(allowed)}",
+                change=f"did you mean {alike[0]}?" if alike else f"for example {path}={next(iter(allowed))}",
+            )
+
+    def at_least(self, path: str, value: float, low: float) -> bool:
+        if not low <= value < math.inf:
+            self.add(f"{path} = {value} must be at least {low}", change=f"for example {path}={low}")
+            return False
+        return True
+
+    def positive(self, path: str, value: float) -> bool:
+        if not 0 < value < math.inf:
+            self.add(f"{path} = {value} must be above 0")
+            return False
+        return True
+
+    def within(self, path: str, value: float, interval: str, low: float, high: float) -> bool:
+        """`interval` shows which ends belong to it: `[)` is low <= value < high."""
+        above = low <= value if interval[0] == "[" else low < value
+        below = value <= high if interval[1] == "]" else value < high
+        if not (above and below):
+            self.add(f"{path} = {value} must lie in {interval[0]}{low}, {high}{interval[1]}")
+            return False
+        return True
+
+    def filled(self, path: str, value: str) -> None:
+        if not value.strip():
+            self.add(f"{path} must not be empty")
+
+
+def _run_and_data(check: _Check, config: Config) -> None:
+    run, data = config.run, config.data
+    check.filled("run.dir", run.dir)
+    if not 0 <= run.seed < 2**64:
+        check.add(f"run.seed = {run.seed} must be a key of 64 bits", change="take a number from 0 to 2^64 - 1")
+    check.one_of("run.device", run.device, ("auto", "cpu", "cuda"))
+    check.one_of("run.precision", run.precision, ("fp32", "bf16"))
+    check.at_least("run.threads", run.threads, 0)
+    check.filled("data.path", data.path)
+    check.one_of("data.packing", data.packing, SHORTEST_ROW)
+    shortest = SHORTEST_ROW.get(data.packing, min(SHORTEST_ROW.values()))
+    if not data.sequence_length >= shortest:
+        check.add(
+            f"data.sequence_length = {data.sequence_length} is too short for data.packing = {data.packing!r}",
+            change=f"use at least {shortest}" + (", the row being BOS + L-2 tokens + EOS" if shortest == 4 else ""),
+        )
+    check.at_least("data.window", data.window, 1)
+    check.at_least("data.workers", data.workers, 0)
+    check.one_of("data.damaged", data.damaged, ("stop", "skip"))
+
+
+def _model(check: _Check, model: ModelConfig) -> None:
+    width, heads = model.width, model.num_heads
+    sized = [check.at_least("model.width", width, 1), check.at_least("model.num_heads", heads, 1)]
+    if all(sized) and width % (2 * heads):
+        lower, upper = _around(width, 2 * heads)
+        head_dim = f"{width} / {heads} = {width / heads:g}"
+        fitting = [n for n in range(1, width // 2 + 1) if width % (2 * n) == 0]
+        closest = min(fitting, key=lambda n: abs(n - heads), default=None)
+        check.add(
+            "model.width / model.num_heads, the head dimension, must be "
+            + ("even: RoPE rotates pairs of channels" if width % heads == 0 else "a whole number"),
+            found=f"{head_dim}, remainder {width % heads}" if width % heads else f"{head_dim}, which is odd",
+            change=f"model.width={listed(map(str, [lower, upper] if lower else [upper]))}"
+            + (f", or model.num_heads={closest}" if closest else ""),
+        )
+    check.at_least("model.num_layers", model.num_layers, 1)
+    if check.positive("model.mlp_ratio", model.mlp_ratio) and sized[0] and width * model.mlp_ratio < 1:
+        check.add(
+            "the MLP has no width",
+            found=f"model.width * model.mlp_ratio = {width} * {model.mlp_ratio} = {width * model.mlp_ratio:g}",
+            change="raise model.mlp_ratio",
+        )
+    check.at_least("model.cond_dim", model.cond_dim, 1)
+    check.within("model.dropout", model.dropout, "[)", 0, 1)
+    if not 1 < model.rope_base < math.inf:
+        check.add(f"model.rope_base = {model.rope_base} must be above 1", change="the usual base is 10000")
+    check.one_of("model.activation_checkpointing", model.activation_checkpointing, ("none", "block"))
+
+
+def _objective(check: _Check, config: Config) -> None:
+    objective = config.objective
+    check.one_of("objective.name", objective.name, OBJECTIVES)
+    if objective.name in OBJECTIVES and type(objective) is not OBJECTIVES[objective.name]:
+        found = f"objective.name = {objective.name!r} in a {type(objective).__name__}"
+        check.add("the objective's name does not fit its class", found, f"use {OBJECTIVES[objective.name].__name__}")
+    if isinstance(objective, MDLMConfig):
+        check.one_of("objective.loss", objective.loss, ("elbo", "low_variance"))
+        check.within("objective.schedule_eps", objective.schedule_eps, "[)", 0, 1)
+        check.within("objective.time_min", objective.time_min, "()", 0, 1)
+    if isinstance(objective, CCDDConfig):
+        _ccdd(check, objective)
+        _encoder(check, objective.encoder)
+
+
+def _ccdd(check: _Check, ccdd: CCDDConfig) -> None:
+    check.one_of("objective.schedule", ccdd.schedule, ("vp_linear", "flow_linear"))
+    check.one_of("objective.token_weight", ccdd.token_weight, ("dynamic", "elbo", "uniform"))
+    # The published weights are functions of t alone, so each is defined for either schedule.
+    check.one_of("objective.continuous_weight", ccdd.continuous_weight, CONTINUOUS_WEIGHTS)
+    check.at_least("objective.continuous_scale", ccdd.continuous_scale, 0)
+    check.within("objective.full_visibility_probability", ccdd.full_visibility_probability, "[]", 0, 1)
+    check.within("objective.latent_dropout", ccdd.latent_dropout, "[)", 0, 1)
+    check.within("objective.time_eps", ccdd.time_eps, "()", 0, 0.5)
+    check.positive("objective.latent_sigma", ccdd.latent_sigma)
+    if ccdd.leaky_encoder and ccdd.encoder.kind != "huggingface":
+        check.add(
+            "objective.leaky_encoder = true reproduces a pretrained encoder that reads the clean text",
+            found=f"objective.encoder.kind = {ccdd.encoder.kind!r}, which looks at one token at a time and cannot leak",
+            change="objective.leaky_encoder=false, or objective.encoder.kind=huggingface",
+        )
+
+
+def _encoder(check: _Check, encoder: EncoderConfig) -> None:
+    kind, path = encoder.kind, "objective.encoder"
+    check.one_of(f"{path}.kind", kind, ("table", "random", "huggingface"))
+    check.at_least(f"{path}.latent_dim", encoder.latent_dim, 1)
+    check.at_least(f"{path}.window", encoder.window, 1)
+    check.positive(f"{path}.variance_floor", encoder.variance_floor)
+    if kind == "huggingface" and not encoder.path:
+        check.add(f"{path}.kind = 'huggingface' needs a model", change=f"{path}.path=FOLDER or a hub name")
+    if kind == "random" and encoder.path:
+        check.add(f"{path}.path = {encoder.path!r} is ignored: kind = 'random' reads no file", change=f"{path}.path=")
+    if kind in ("table", "random") and encoder.layer != -1:
+        found = f"{path}.layer = {encoder.layer} and {path}.kind = {kind!r}"
+        check.add(f"{path}.layer is ignored: only a huggingface encoder has layers", found, f"{path}.layer=-1")
+
+
+def _optimizer(check: _Check, optimizer: OptimizerConfig, steps: int) -> None:
+    check.positive("optimizer.lr", optimizer.lr)
+    check.within("optimizer.beta1", optimizer.beta1, "[)", 0, 1)
+    check.within("optimizer.beta2", optimizer.beta2, "[)", 0, 1)
+    check.positive("optimizer.eps", optimizer.eps)
+    check.at_least("optimizer.weight_decay", optimizer.weight_decay, 0)
+    check.at_least("optimizer.clip_norm", optimizer.clip_norm, 0)
+    check.one_of("optimizer.schedule", optimizer.schedule, ("constant", "cosine", "wsd"))
+    check.within("optimizer.min_lr_ratio", optimizer.min_lr_ratio, "[]", 0, 1)
+    warmup, decay = optimizer.warmup_steps, optimizer.decay_steps
+    counted = [check.at_least("optimizer.warmup_steps", warmup, 0), check.at_least("optimizer.decay_steps", decay, 0)]
+    if not all(counted) or steps < 1:
+        return
+    if warmup > steps:
+        check.add(
+            "the warm-up is longer than the run",
+            found=f"optimizer.warmup_steps = {warmup} > training.steps = {steps}",
+            change=f"optimizer.warmup_steps={steps // 10}, or training.steps={10 * warmup}",
+        )
+    elif optimizer.schedule == "wsd" and decay and warmup + decay > steps:
+        check.add(
+            "warm-up and decay do not fit into the run",
+            found=f"optimizer.warmup_steps + optimizer.decay_steps = {warmup} + {decay} = {warmup + decay} > "
+            f"training.steps = {steps}",
+            change=f"training.steps={warmup + decay}"
+            + (f", or optimizer.decay_steps={steps - warmup}" if steps > warmup else ""),
+        )
+    if optimizer.schedule == "wsd" and not decay:
+        example = max(1, steps // 10)
+        check.add("optimizer.schedule = 'wsd' needs a decay", change=f"for example optimizer.decay_steps={example}")
+    if optimizer.schedule in ("constant", "cosine") and decay:
+        check.add(
+            f"optimizer.decay_steps = {decay} is ignored by optimizer.schedule = {optimizer.schedule!r}",
+            change="optimizer.decay_steps=0, or optimizer.schedule=wsd",
+        )
+
+
+def _training(check: _Check, training: TrainingConfig, world_size: int) -> None:
+    check.at_least("training.steps", training.steps, 1)
+    sized = [
+        check.at_least("training.global_batch_size", training.global_batch_size, 1),
+        check.at_least("training.micro_batch_size", training.micro_batch_size, 1),
+    ]
+    if all(sized):
+        _batch(check, training.global_batch_size, training.micro_batch_size, world_size)
+    check.within("training.ema_decay", training.ema_decay, "[)", 0, 1)
+    check.at_least("training.log_every", training.log_every, 1)
+    check.at_least("training.validate_every", training.validate_every, 0)
+    check.at_least("training.validation_sequences", training.validation_sequences, 1)
+    check.at_least("training.sample_every", training.sample_every, 0)
+    check.at_least("training.num_samples", training.num_samples, 1)
+
+
+def _batch(check: _Check, size: int, micro: int, world_size: int) -> None:
+    """The global batch is a whole number of micro-batches on every rank; if not, two ways out."""
+    together = micro * world_size
+    if size % together == 0:
+        return
+    ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
+    lower, upper = _around(size, together)
+    closest = min((number for number in (lower, upper) if number), key=lambda number: abs(number - size))
+    ways = [f"training.global_batch_size={closest}"]
+    share, rest = divmod(size, world_size)
+    micros = [n for n in range(max(1, micro // 4), micro + 1) if share and rest == 0 and share % n == 0]
+    if micros:
+        ways.append(f"training.micro_batch_size={micros[-1]}")
+    elif lower:
+        ways.append(f"training.global_batch_size={lower + upper - closest}")
+    else:
+        ways.append(f"training.global_batch_size={world_size} training.micro_batch_size=1")
+    check.add(
+        "training.global_batch_size must be a multiple of training.micro_batch_size x ranks",
+        found=f"{size} is less than {micro} x {ranks} = {together}"
+        if size < together
+        else f"{size} = {size // together} x ({micro} x {ranks} = {together}) + {size % together}",
+        change=", or ".join(ways),
+    )
+
+
+def _rest(check: _Check, config: Config) -> None:
+    checkpoint, sampling, telemetry = config.checkpoint, config.sampling, config.telemetry
+    check.at_least("checkpoint.every", checkpoint.every, 0)
+    check.at_least("checkpoint.keep", checkpoint.keep, 0)
+    check.one_of("checkpoint.resume", checkpoint.resume, ("auto", "never"))
+    check.at_least("sampling.steps", sampling.steps, 1)
+    check.one_of("sampling.continuous_sampler", sampling.continuous_sampler, ("ddim", "ddpm"))
+    check.at_least("sampling.guidance", sampling.guidance, 0)
+    check.positive("sampling.temperature", sampling.temperature)
+    check.within("sampling.top_p", sampling.top_p, "(]", 0, 1)
+    check.one_of("telemetry.wandb", telemetry.wandb, ("off", "online", "offline"))
+    if telemetry.wandb != "off":
+        check.filled("telemetry.wandb_project", telemetry.wandb_project)
+
+
+def _around(number: int, factor: int) -> tuple[int, int]:
+    """The multiples of `factor` below and above `number`; the lower one may be 0."""
+    return number // factor * factor, -(-number // factor) * factor
