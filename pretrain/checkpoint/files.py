@@ -1,0 +1,172 @@
+"""Files that survive a crash: atomic replacement, fsync, hashes, a lock, and a streaming safetensors writer.
+
+Reading tensors is left to the safetensors package. Writing is done here because a checkpoint needs three things at
+once that the package does not give: tensors copied to the host one at a time (no second copy of the model in memory),
+the hash of the bytes that were meant to be written, and the operating system's own error number when a write fails.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import xxhash
+from braid.kernels.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CHUNK = 8 * 2**20
+"""Bytes written or read at a time."""
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the entries of `folder` (created, renamed, removed names) durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # file systems without directory fsync say EINVAL; they have nothing to flush
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace `path` by `content` so that a reader, or a crash, sees the old file or the new one, never a mixture."""
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def hash_file(path: Path, *, from_disk: bool = False) -> tuple[int, str]:
+    """Size in bytes and xxh3_128 of a file. `from_disk` drops its cached pages first, where the system can."""
+    digest, size = xxhash.xxh3_128(), 0
+    with open(path, "rb", buffering=0) as file:
+        if from_disk and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+    return size, digest.hexdigest()
+
+
+def write_file(path: Path, chunks: Iterator[bytes | memoryview]) -> tuple[int, str]:
+    """Write a new file and fsync it; returns its size and the xxh3_128 of what was handed in (not of what was read)."""
+    digest, size = xxhash.xxh3_128(), 0
+    with open(path, "xb") as file:
+        for chunk in chunks:
+            digest.update(chunk)
+            size += len(chunk)
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return size, digest.hexdigest()
+
+
+def file_chunks(path: Path) -> Iterator[bytes]:
+    """The bytes of an existing file, a chunk at a time."""
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            yield chunk
+
+
+def safetensors_chunks(tensors: Mapping[str, Tensor], between: Callable[[], None]) -> Iterator[bytes | memoryview]:
+    """A safetensors file as a stream: 8-byte little-endian header length, JSON header padded to 8 bytes, raw data.
+
+    Tensors lie in order of falling element size, then by name, so that each starts aligned. `between` is called after
+    each tensor. Tensors that share memory are written as often as they are named.
+    """
+    import torch
+
+    names = {
+        torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+        torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+        torch.uint8: "U8", torch.bool: "BOOL",
+    }  # fmt: skip
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name in order:
+        tensor = tensors[name]
+        assert tensor.dtype in names, f"{name}: no safetensors name for {tensor.dtype}"
+        stop = start + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for name in order:
+        raw = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        for first in range(0, raw.nbytes, CHUNK):
+            yield memoryview(raw[first : first + CHUNK])
+        between()
+
+
+class RunLock:
+    """Exclusive lock of a run folder, held by the one process that writes it: `<run>/.lock`.
+
+    A POSIX record lock: the system drops it when the process ends, however it ends, and a forked loader process does
+    not inherit it (a `flock` would outlive a killed trainer in its children and stop the restart). It excludes other
+    processes, not a second lock within this one.
+
+    Raises:
+        CheckpointError: the folder cannot be made or written, or another process still holds the lock after `wait_s`
+            seconds (the message names its process id and host).
+    """
+
+    def __init__(self, run_dir: Path, *, wait_s: float = 10.0, report: Callable[[str], None] = print) -> None:
+        self.path = run_dir / ".lock"
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise CheckpointError(
+                f"the run folder {run_dir} cannot be written", found=str(error), change="choose another run.dir"
+            ) from error
+        # A process that was just killed may take a moment to go, and its successor must not fail for it: hence a wait.
+        deadline = time.monotonic() + wait_s
+        while not self._try_lock(report):
+            if time.monotonic() >= deadline:
+                holder = os.read(self._descriptor, 200).decode(errors="replace").strip() or "an unknown process"
+                os.close(self._descriptor)
+                raise CheckpointError(
+                    f"another process is writing the run in {run_dir}",
+                    found=f"{self.path} is held by {holder}; waited {wait_s:g} s",
+                    change="end that process, or give this run another run.dir",
+                )
+            time.sleep(0.05)
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    def _try_lock(self, report: Callable[[str], None]) -> bool:
+        try:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # POSIX allows either for "held by another"
+                return False
+            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                report(f"{self.path}: no locks on this file system ({error}); see that one process writes this run")
+                return True
+            raise
+        return True
+
+    def release(self) -> None:
+        """Give the lock back. The file stays: removing it would race with a process that has just opened it."""
+        os.close(self._descriptor)

@@ -1,0 +1,174 @@
+"""What a checkpoint of a run holds, and how a model is built back from one."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from braid.data_pipeline.tokenizers import Tokenizer, load_tokenizer
+from braid.kernels.errors import CheckpointError
+from braid.kernels.random import CONTRACT_VERSION
+from braid.pretrain.config.load import dump_config, load_config
+from braid.pretrain.config.schema import Config
+from braid.pretrain.model.encoders import TableEncoder
+from braid.pretrain.objectives.base import Objective
+from braid.pretrain.objectives.build import build_objective, saved_encoder
+from braid.pretrain.training.ema import EMA
+from braid.pretrain.training.optimizer import load_optimizer_tensors, optimizer_tensors
+
+from .store import CheckpointStore
+
+TOKENIZER_FOLDER = "tokenizer"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Tensors by group (weights, ema, optimizer, encoder), JSON state, and files (configuration, tokenizer)."""
+
+    groups: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+    files: dict[str, bytes]
+
+    @staticmethod
+    def load(store: CheckpointStore, path: Path) -> Snapshot:
+        """Read and verify a committed checkpoint (the files stay on disk: `path`)."""
+        checkpoint = store.load(path)
+        return Snapshot(checkpoint.groups, checkpoint.state, {})
+
+
+def take(
+    config: Config,
+    step: int,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    ema: EMA | None,
+    state: dict[str, Any],
+    tokenizer: Tokenizer,
+) -> Snapshot:
+    """Everything needed to continue bit for bit, or to sample and evaluate elsewhere without the corpus."""
+    groups = {
+        "weights": dict(objective.state_dict()),
+        "optimizer": optimizer_tensors(optimizer, objective),
+    }
+    if ema:
+        groups["ema"] = dict(ema.tensors)
+    encoder = getattr(objective, "encoder", None)
+    if isinstance(encoder, TableEncoder):
+        groups["encoder"] = {"table": encoder.table}
+    identity = {
+        "step": step,
+        "objective": config.objective.name,
+        "seed": config.run.seed,
+        "tokenizer_hash": tokenizer.hash,
+        "encoder_fingerprint": encoder.fingerprint if encoder is not None else None,
+        "noise_contract": CONTRACT_VERSION,
+        "versions": {"braid": version("braid-lm"), "torch": torch.__version__},
+    }
+    files = {"config.yaml": dump_config(config).encode()}
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(Path(folder))
+        for file in sorted(Path(folder).iterdir()):
+            files[f"{TOKENIZER_FOLDER}/{file.name}"] = file.read_bytes()
+    return Snapshot(groups, {**identity, **state}, files)
+
+
+def restore(
+    snapshot: Snapshot,
+    config: Config,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    ema: EMA | None,
+    tokenizer: Tokenizer,
+) -> None:
+    """Put a snapshot into freshly built objects. CheckpointError says what does not fit."""
+    encoder = getattr(objective, "encoder", None)
+    running = {
+        "objective": config.objective.name,
+        "seed": config.run.seed,
+        "tokenizer_hash": tokenizer.hash,
+        "encoder_fingerprint": encoder.fingerprint if encoder is not None else None,
+        "noise_contract": CONTRACT_VERSION,
+    }
+    differences = [
+        f"{name}: checkpoint {snapshot.state[name]}, this run {value}"
+        for name, value in running.items()
+        if snapshot.state[name] != value
+    ]
+    differences += _shape_differences(snapshot.groups["weights"], dict(objective.state_dict()))
+    if differences:
+        raise CheckpointError(
+            "the checkpoint in the run directory is of another run or model",
+            found="; ".join(differences),
+            change="use the configuration it was saved with (config.yaml in the run directory), or another run.dir",
+        )
+    objective.load_state_dict(snapshot.groups["weights"])
+    load_optimizer_tensors(optimizer, objective, snapshot.groups["optimizer"])
+    if ema and "ema" in snapshot.groups:
+        ema.load(snapshot.groups["ema"])
+    elif ema:
+        raise CheckpointError(
+            "the checkpoint has no averaged weights",
+            found="training.ema_decay was 0 when it was saved",
+            change="set training.ema_decay=0, or start in another run.dir",
+        )
+
+
+def _shape_differences(saved: dict[str, Tensor], running: dict[str, Tensor]) -> list[str]:
+    """At most a handful of lines: names on one side only, and tensors of other shapes."""
+    lines = [f"{name} only in the checkpoint" for name in sorted(saved.keys() - running.keys())]
+    lines += [f"{name} only in this run" for name in sorted(running.keys() - saved.keys())]
+    lines += [
+        f"{name}: checkpoint {tuple(saved[name].shape)}, this run {tuple(running[name].shape)}"
+        for name in sorted(saved.keys() & running.keys())
+        if saved[name].shape != running[name].shape
+    ]
+    return lines if len(lines) <= 4 else [*lines[:4], f"and {len(lines) - 4} more tensors"]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A trained model, ready to sample or evaluate."""
+
+    config: Config
+    objective: Objective
+    tokenizer: Tokenizer
+    step: int
+    path: Path
+
+
+def load_model(path: Path, device: torch.device, *, use_ema: bool = True) -> LoadedModel:
+    """From a run directory (its newest valid checkpoint) or one checkpoint folder.
+
+    Uses the averaged weights where there are any, unless `use_ema` is False.
+    """
+    if (path / "checkpoints").is_dir():
+        store = CheckpointStore(path / "checkpoints")
+        found = store.latest_valid(report=print)
+        if found is None:
+            raise CheckpointError(f"no valid checkpoint in {path / 'checkpoints'}", change="train first: braid pretrain ...")
+        path = found[1]
+    elif (path / "manifest.json").is_file():
+        store = CheckpointStore(path.parent)
+    else:
+        raise CheckpointError(
+            f"{path} is neither a run directory nor a checkpoint",
+            found="no checkpoints/ and no manifest.json in it" if path.exists() else "no such folder",
+            change="give the run.dir of a training run, or one of its checkpoints/step-* folders",
+        )
+    snapshot = Snapshot.load(store, path)
+    config = load_config(path / "config.yaml", [])
+    tokenizer = load_tokenizer(path / TOKENIZER_FOLDER)
+    encoder = saved_encoder(config, tokenizer, snapshot.groups.get("encoder"), path, device)
+    objective = build_objective(config, tokenizer, encoder, device)
+    weights = dict(snapshot.groups["weights"])
+    if use_ema:
+        weights.update(snapshot.groups.get("ema", {}))
+    objective.load_state_dict(weights)
+    objective.eval()
+    return LoadedModel(config, objective, tokenizer, snapshot.state["step"], path)

@@ -1,0 +1,35 @@
+"""The masked (absorbing) process on tokens: MDLM, arXiv 2406.07524, with the SUBS parametrisation."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def mask_tokens(tokens_BL: Tensor, uniforms_BL: Tensor, mask_probability_B: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
+    """x_t and where it is masked (bool): a token is masked when its uniform is below 1 - alpha_t.
+
+    The probability is rounded once to float32, as the uniforms are: the same decision on every device.
+    """
+    masked_BL = uniforms_BL < mask_probability_B.float()[:, None]
+    return torch.where(masked_BL, mask_id, tokens_BL), masked_BL
+
+
+def without_mask(logits: Tensor, mask_id: int) -> Tensor:
+    """Logits with the mask's set to -inf: the clean text never contains it (SUBS, before any normalisation)."""
+    column = torch.arange(logits.shape[-1], device=logits.device) == mask_id
+    return logits.masked_fill(column, float("-inf"))
+
+
+def masked_cross_entropy(logits_BLV: Tensor, targets_BL: Tensor, masked_BL: Tensor, mask_id: int) -> Tensor:
+    """-log p(x_0 | x_t) in nats at masked positions, exactly 0 elsewhere (SUBS: a visible token is known). [B, L]"""
+    nats_BL = F.cross_entropy(
+        without_mask(logits_BLV, mask_id).flatten(0, 1), targets_BL.flatten(), reduction="none"
+    ).view_as(targets_BL)
+    return torch.where(masked_BL, nats_BL, 0.0)
+
+
+def unmask_probability(alpha_t: float, alpha_s: float) -> float:
+    """Probability that a masked token is revealed between times t and s < t: (alpha_s - alpha_t) / (1 - alpha_t)."""
+    return (alpha_s - alpha_t) / (1 - alpha_t)

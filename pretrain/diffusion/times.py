@@ -1,0 +1,65 @@
+"""Times of the diffusion process: t = 0 is clean, t = 1 is noise. All times are float64 and stratified."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from braid.kernels import random
+
+
+def training_strata(key: int, first_ordinal: int, global_batch_size: int, ordinals: Tensor) -> Tensor:
+    """Low-discrepancy u in [0, 1) for the samples `ordinals` [B] of the global batch that begins at `first_ordinal`.
+
+    u_i = (pi(i) + shift) / N: one shared shift per global batch (unbiased, and the strata cover [0, 1) evenly), and a
+    permutation pi drawn anew for each batch, so that every rank and micro-batch sees the whole range of times.
+    Returns float64 [B] on the device of `ordinals`.
+    """
+    index = ordinals - first_ordinal
+    assert 0 <= int(index.min()) and int(index.max()) < global_batch_size, "ordinals outside this global batch"
+    strata = random.permutation(key, "strata", first_ordinal, n=global_batch_size).to(ordinals.device)
+    shift = random.coins(key, ordinals.new_tensor([first_ordinal]), which=SHIFT_COIN)
+    return (strata[index].double() + shift) / global_batch_size
+
+
+def evaluation_strata(key: int, ordinals: Tensor, draw: int, num_draws: int) -> Tensor:
+    """u in [0, 1) of draw number `draw` out of `num_draws`, stratified over the draws of each sequence.
+
+    The shift is independent between sequences, so a standard error over sequences is valid. Returns float64 [B].
+    """
+    return (draw + random.coins(key, ordinals, which=SHIFT_COIN)) / num_draws
+
+
+def to_range(strata: Tensor, smallest: float, largest: float = 1.0) -> Tensor:
+    """Map u in [0, 1) to times in [smallest, largest)."""
+    return smallest + (largest - smallest) * strata
+
+
+def time_buckets(times: Tensor, num_buckets: int = 10) -> Tensor:
+    """Index of the equal-width bucket of [0, 1] each time falls into; int64, same shape."""
+    return (times * num_buckets).long().clamp_(0, num_buckets - 1)
+
+
+SHIFT_COIN = 0
+"""Coin number reserved for times; objectives number theirs from 1."""
+
+
+def log_uniform_mixture(strata: Tensor, smallest: float) -> tuple[Tensor, Tensor]:
+    """Times from an even mixture of the uniform and the log-uniform law on [smallest, 1], with their density.
+
+    For integrands that grow like 1/t^2 near t = 0 (Gaussian bounds in x-prediction): divide by the density.
+    Inverse of the mixture's distribution function by bisection in float64 (60 halvings: exact to rounding).
+    Returns (times [B], density [B]).
+    """
+    span = -torch.log(torch.tensor(smallest, dtype=torch.float64))
+
+    def distribution(t: Tensor) -> Tensor:
+        return 0.5 * (t - smallest) / (1 - smallest) + 0.5 * (1 + torch.log(t) / span)
+
+    low, high = torch.full_like(strata, smallest), torch.ones_like(strata)
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = distribution(middle) < strata
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    times = (low + high) / 2
+    return times, 0.5 / (1 - smallest) + 0.5 / (times * span)

@@ -1,0 +1,105 @@
+"""The transformer block of the DiT backbone: attention and MLP, each normalised, modulated and gated by the time.
+
+The "DiT small" block of the masked-diffusion line (MDLM, Duo, GIDD, CCDD): float32 LayerNorm without bias, no bias in
+the attention, half-split RoPE, tanh-GELU MLP with biases, adaLN-Zero. Shape suffixes: see conditioning.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from braid.kernels.random import dropout_keep, fold_key
+from braid.pretrain.config.schema import ModelConfig
+from braid.pretrain.model.conditioning import LayerNorm, Modulation, modulate
+
+
+@dataclass(frozen=True)
+class DropoutKey:
+    """What a dropout mask is a function of, beside layer and site: the run's key, ordinals [B] and positions [L]."""
+
+    key: int
+    ordinals: Tensor
+    positions: Tensor
+
+
+def rope_tables(length: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin [L, K/2] of position / base^(2i/K) (arXiv 2104.09864), in float64 rounded once to float32."""
+    positions = torch.arange(length, device=device, dtype=torch.float64)
+    exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float64) / head_dim
+    angles = positions[:, None] * base ** -exponents
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotate(x_BHLK: Tensor, cos_LK: Tensor, sin_LK: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + K/2) of every head by their position's angle (half-split RoPE), in float32."""
+    first, second = x_BHLK.float().chunk(2, dim=-1)
+    rotated = torch.cat([first * cos_LK - second * sin_LK, second * cos_LK + first * sin_LK], dim=-1)
+    return rotated.to(x_BHLK.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all positions, or over the earlier ones where `causal`; no biases."""
+
+    def __init__(self, width: int, num_heads: int, causal: bool) -> None:
+        super().__init__()
+        self.num_heads, self.causal = num_heads, causal
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(self, x_BLW: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        # The rows of qkv are (q, k, v) x head x head dimension, the order of the published checkpoints.
+        q_BHLK, k_BHLK, v_BHLK = self.qkv(x_BLW).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q_BHLK, k_BHLK = rotate(q_BHLK, *rope), rotate(k_BHLK, *rope)
+        x_BHLK = F.scaled_dot_product_attention(q_BHLK, k_BHLK, v_BHLK, is_causal=self.causal)
+        return self.out(x_BHLK.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Linear, tanh-GELU, Linear, with biases."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.input = nn.Linear(width, hidden)
+        self.output = nn.Linear(hidden, width)
+
+    def forward(self, x_BLW: Tensor) -> Tensor:
+        return self.output(F.gelu(self.input(x_BLW), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """x + gate * attention(modulate(norm(x))), then the same with the MLP."""
+
+    def __init__(self, model: ModelConfig, layer: int, causal: bool) -> None:
+        super().__init__()
+        self.layer, self.dropout = layer, model.dropout
+        self.adaln = Modulation(model.cond_dim, model.width, 6)
+        self.attention_norm = LayerNorm(model.width)
+        self.attention = Attention(model.width, model.num_heads, causal)
+        self.mlp_norm = LayerNorm(model.width)
+        self.mlp = MLP(model.width, round(model.width * model.mlp_ratio))
+
+    def forward(
+        self, x_BLW: Tensor, c_BC: Tensor, rope: tuple[Tensor, Tensor], keep: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """`keep` is what `dropout_masks` gives, or None for no dropout."""
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.adaln(c_BC)
+        update_BLW = self.attention(modulate(self.attention_norm(x_BLW), shift, scale), rope)
+        x_BLW = x_BLW + gate * self.drop(update_BLW, keep and keep[0])
+        update_BLW = self.mlp(modulate(self.mlp_norm(x_BLW), mlp_shift, mlp_scale))
+        return x_BLW + mlp_gate * self.drop(update_BLW, keep and keep[1])
+
+    def drop(self, x_BLW: Tensor, keep_BLW: Tensor | None) -> Tensor:
+        """Inverted dropout."""
+        return x_BLW if keep_BLW is None else x_BLW * keep_BLW / (1 - self.dropout)
+
+    def dropout_masks(self, dropout: DropoutKey, width: int) -> tuple[Tensor, Tensor]:
+        """What is kept after the attention and after the MLP, bool [B, L, W] each: a pure function of (key, layer,
+        site, ordinal, position, channel). Drawn outside `forward`: compiled blocks share one graph whatever the key."""
+        keys = (fold_key(dropout.key, "dropout", self.layer, site) for site in ("attention", "mlp"))
+        first, second = (dropout_keep(key, dropout.ordinals, dropout.positions, width, self.dropout) for key in keys)
+        return first, second
+

@@ -1,0 +1,42 @@
+"""Autoregressive baseline: exact negative log-likelihood by next-token cross-entropy on a causal backbone."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from braid.data_pipeline.loader import Batch
+from braid.pretrain.diffusion.absorbing import without_mask
+from braid.pretrain.model.backbone import Prediction
+
+from .base import Corrupted, Figure, LossTerms, Noise, Objective, sum_positions, sum_terms
+
+
+class AR(Objective):
+    """Predicts every token of the row from the tokens before it, the first one from a BOS put in front.
+
+    The likelihood is of all L tokens, the same event the diffusion bounds are about, and no token is dropped.
+    """
+
+    name = "ar"
+    causal = True
+    figures = (Figure("nll", "exact NLL", True, "exact: next-token cross-entropy of every token of the row"),)
+
+    def corrupt(self, batch: Batch, noise: Noise) -> Corrupted:
+        shifted = torch.roll(batch.tokens, 1, dims=1)
+        shifted[:, 0] = self.bos_id
+        dropout = noise.dropout_key(shifted.shape[1])
+        return Corrupted(shifted, batch.tokens, batch.loss_mask, dropout=dropout)
+
+    def _nats(self, prediction: Prediction, corrupted: Corrupted) -> Tensor:
+        logits = without_mask(prediction.logits, self.mask_id)
+        nats = F.cross_entropy(logits.flatten(0, 1), corrupted.targets.flatten(), reduction="none")
+        return nats.view_as(corrupted.targets)
+
+    def loss(self, prediction: Prediction, corrupted: Corrupted) -> LossTerms:
+        return sum_terms({"token_loss": self._nats(prediction, corrupted)}, corrupted.loss_mask, None)
+
+    def evaluate(self, batch: Batch, noise: Noise) -> dict[str, Tensor]:
+        corrupted = self.corrupt(batch, noise)
+        return {"nll": sum_positions(self._nats(self.predict(corrupted), corrupted), batch.loss_mask)}

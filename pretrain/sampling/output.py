@@ -1,0 +1,61 @@
+"""Samples on disk: one JSON object a line, and the step-by-step trajectory of one of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from braid.data_pipeline.tokenizers import Tokenizer
+from braid.pretrain.config.schema import SamplingConfig
+
+from .sampler import Samples, sample_entropy
+
+
+def write_samples(
+    path: Path, samples: Samples, tokenizer: Tokenizer, settings: SamplingConfig, *, step: int, seed: int
+) -> None:
+    """Write `samples` as JSON lines, atomically. `entropy` is the sample's unigram entropy in nats."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entropies = sample_entropy(samples.tokens.cpu())
+    lines = [
+        json.dumps(
+            {
+                "text": tokenizer.decode(tokens),
+                "tokens": tokens,
+                "step": step,
+                "sampler": asdict(settings),
+                "network_calls": samples.network_calls,
+                "seed": seed,
+                "entropy": entropy,
+            },
+            ensure_ascii=False,
+        )
+        for tokens, entropy in zip(samples.tokens.tolist(), entropies, strict=True)
+    ]
+    _replace(path, "".join(line + "\n" for line in lines))
+
+
+def write_trajectory(path: Path, samples: Samples, tokenizer: Tokenizer) -> None:
+    """The recorded frames of the first sample, for the report: text per position, null where masked."""
+    frames, previous = [], None
+    for frame in samples.frames:
+        tokens = frame["tokens"]
+        changed = [i for i, token in enumerate(tokens) if previous is None or token != previous[i]]
+        frames.append(
+            {
+                "time": frame["time"],
+                "tokens": tokens,
+                "pieces": [None if token == tokenizer.mask_id else tokenizer.decode([token]) for token in tokens],
+                "changed": [i for i in changed if tokens[i] != tokenizer.mask_id],
+                "latent_norm": frame["latent_norm"],
+            }
+        )
+        previous = tokens
+    _replace(path, json.dumps({"mask_id": tokenizer.mask_id, "decoded_mask": "_", "frames": frames}, ensure_ascii=False))
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

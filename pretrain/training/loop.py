@@ -1,0 +1,350 @@
+"""The training loop, top to bottom: build, resume, then step, log, validate, sample, save until done or told to stop.
+
+What is saved and restored is only: weights, optimizer, EMA, the number of samples consumed, the sums since the last
+log line, and the length of metrics.jsonl. Order of data, times, masks and noise follow from the seed and the number of
+samples consumed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from braid.data_pipeline.corpus import TokenCorpus
+from braid.data_pipeline.loader import Batch, Loader
+from braid.data_pipeline.order import ShuffledOrder
+from braid.data_pipeline.packing import Rows
+from braid.kernels.errors import Preempted, TrainingFailed
+from braid.kernels.random import fold_key
+from braid.parallel.data_parallel import World, reduce_gradients
+from braid.pretrain.checkpoint.files import write_atomically
+from braid.pretrain.checkpoint.snapshot import Snapshot, restore, take
+from braid.pretrain.checkpoint.store import CheckpointStore, SaveFailed
+from braid.pretrain.config.load import dump_config
+from braid.pretrain.config.schema import Config
+from braid.pretrain.diffusion.times import training_strata
+from braid.pretrain.evaluation.bound import evaluate_rows
+from braid.pretrain.model.backbone import parameter_counts
+from braid.pretrain.model.flops import mfu, training_flops
+from braid.pretrain.model.probe import check_direction
+from braid.pretrain.objectives.base import NUM_TIME_BUCKETS, Noise
+from braid.pretrain.objectives.build import build_objective, training_encoder
+from braid.pretrain.report.environment import collect_environment
+from braid.pretrain.sampling.output import write_samples
+from braid.pretrain.sampling.prompts import no_prompt
+from braid.pretrain.sampling.sampler import draw_samples
+from braid.pretrain.telemetry.metrics_log import MetricsLog
+from braid.pretrain.telemetry.progress import ProgressMeter, format_line
+from braid.pretrain.telemetry.wandb_sink import WandbSink
+
+from .ema import EMA
+from .optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate
+from .precision import autocast
+from .signals import StopRequest
+
+MAX_FAILED_SAVES = 3
+
+
+@dataclass
+class Interval:
+    """Sums since the last log line; part of a checkpoint, so that a resumed run writes the same lines."""
+
+    terms: dict[str, float] = field(default_factory=dict)
+    count: int = 0
+    bucket_sums: list[float] = field(default_factory=lambda: [0.0] * NUM_TIME_BUCKETS)
+    bucket_counts: list[float] = field(default_factory=lambda: [0.0] * NUM_TIME_BUCKETS)
+
+
+class Trainer:
+    """One run on one rank. `train()` returns when the last step is done and saved."""
+
+    def __init__(self, config: Config, world: World, store: CheckpointStore) -> None:
+        self.config, self.world, self.device = config, world, world.device
+        self.store = store
+        self.run_dir = Path(config.run.dir)
+        data, training = config.data, config.training
+
+        # Data: rows of both splits, and the order that depends on (seed, epoch) alone.
+        ledger = self.run_dir / "damaged.jsonl"
+        corpus = TokenCorpus.open(Path(data.path), "train", damaged=data.damaged, ledger=ledger)
+        validation = TokenCorpus.open(Path(data.path), "validation", damaged=data.damaged, ledger=ledger)
+        self.tokenizer = corpus.tokenizer
+        rows = Rows(corpus, data.sequence_length, data.packing)
+        self.validation_rows = Rows(validation, data.sequence_length, data.packing)
+        self.loader = Loader(
+            rows,
+            ShuffledOrder(rows.rows_per_shard, config.run.seed, data.window),
+            global_batch_size=training.global_batch_size,
+            micro_batch_size=training.micro_batch_size,
+            data_rank=world.rank,
+            data_size=world.size,
+            workers=data.workers,
+        )
+
+        # Model and optimizer; the same initial weights on every rank, by construction.
+        encoder = training_encoder(config, corpus, world)
+        self.objective = build_objective(config, self.tokenizer, encoder, self.device)
+        self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(self.objective, config.optimizer)
+        self.ema = EMA(self.objective, training.ema_decay) if training.ema_decay else None
+        self.noise_key = fold_key(config.run.seed, "train")
+        with autocast(config.run.precision, self.device):
+            check_direction(self.objective.network)
+
+        # State and records.
+        self.step = 0
+        self.interval = Interval()
+        self.failed_saves, self.saved_step = 0, -1
+        state = self._resume()
+        if world.rank == 0:  # not before the checkpoint was found to fit: the file describes what is there
+            write_atomically(self.run_dir / "config.yaml", dump_config(config).encode())
+        self.metrics = MetricsLog(
+            self.run_dir / "metrics.jsonl", state.get("metrics_offset"), enabled=world.rank == 0
+        )
+        self.wandb = WandbSink.start(config, self.run_dir, enabled=world.rank == 0)
+        tokens_per_step = training.global_batch_size * data.sequence_length
+        self.meter = ProgressMeter(training.steps, tokens_per_step, self.step, state.get("seconds", 0.0))
+        self.data_wait = 0.0
+        latent_dim = encoder.latent_dim if encoder else 0
+        self.flops_per_token = training_flops(
+            config.model,
+            vocab_size=self.tokenizer.vocab_size,
+            sequence_length=data.sequence_length,
+            latent_dim=latent_dim,
+        ).total
+
+    # -- the run -----------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        config = self.config
+        self._write_environment()
+        self.say(f"{config.objective.name}: {parameter_counts(self.objective.network)['total']:,} parameters, "
+                 f"{len(self.loader.rows):,} training rows of {config.data.sequence_length} tokens, "
+                 f"{config.training.steps:,} steps on {self.world.size} x {self.device.type}")  # fmt: skip
+        with StopRequest() as stop:
+            self.objective.train()
+            batches = iter(self.loader)
+            while self.step < config.training.steps:
+                waiting = time.perf_counter()
+                micro_batches = next(batches)
+                self.data_wait += time.perf_counter() - waiting
+                norm, rate = self._optimizer_step(micro_batches)
+                self.step += 1
+                self.meter.step()
+                if self._due(config.training.log_every):
+                    self._log(norm, rate)
+                with self.meter.paused():
+                    if self._due(config.training.validate_every):
+                        self._validate()
+                    if config.training.sample_every and self._due(config.training.sample_every):
+                        self._sample()
+                    if self._due(config.checkpoint.every):
+                        self._save(last=self.step == config.training.steps)
+                reason = stop.poll(self.world)
+                if reason and self.step < config.training.steps:
+                    if self.saved_step != self.step:
+                        self._save(last=True)
+                    raise Preempted(
+                        f"stopped by {reason} after step {self.step} of {config.training.steps}; the state is saved",
+                        change=f"run the same command again to continue from {self.run_dir}",
+                    )
+
+    def _due(self, every: int) -> bool:
+        """At every `every` steps, and always at the last one."""
+        return self.step == self.config.training.steps or (every > 0 and self.step % every == 0)
+
+    def _optimizer_step(self, micro_batches: list[Batch]) -> tuple[float, float]:
+        """One optimizer step on this rank's micro-batches. Returns (gradient norm, learning rate)."""
+        config = self.config.training
+        first_ordinal = self.loader.consumed - config.global_batch_size
+        # Gradients are of (global sum / nominal count); the true global count is known after the reduction and equals
+        # the nominal one unless there is padding.
+        nominal = config.global_batch_size * self.config.data.sequence_length
+        sums = torch.zeros(2 * NUM_TIME_BUCKETS + 1, dtype=torch.float64, device=self.device)
+        terms: dict[str, torch.Tensor] = {}
+        for batch in micro_batches:
+            batch = batch.to(self.device)
+            strata = training_strata(self.noise_key, first_ordinal, config.global_batch_size, batch.ordinals)
+            corrupted = self.objective.corrupt(batch, Noise(self.noise_key, batch.ordinals, strata))
+            with autocast(self.config.run.precision, self.device):
+                prediction = self.objective.predict(corrupted)
+            loss = self.objective.loss(prediction, corrupted)
+            (loss.total / nominal).backward()
+            sums[0] += loss.count
+            if loss.bucket_sums is not None:
+                sums[1 : NUM_TIME_BUCKETS + 1] += loss.bucket_sums
+                sums[NUM_TIME_BUCKETS + 1 :] += loss.bucket_counts
+            for name, value in loss.terms.items():
+                terms[name] = terms.get(name, 0.0) + value.double()
+        totals = torch.cat([sums, torch.stack(list(terms.values()))])
+        self.world.all_reduce_sum(totals)
+        reduce_gradients(self.parameters, self.world)
+        count, *rest = totals.tolist()
+        if count != nominal:
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(nominal / count)
+
+        norm = gradient_norm(self.parameters)
+        if not math.isfinite(norm.item()):
+            raise TrainingFailed(
+                f"the gradient is not finite at step {self.step + 1}; the weights were left as they were",
+                found=", ".join(f"{name} {value:g}" for name, value in zip(terms, rest[2 * NUM_TIME_BUCKETS :], strict=True)),
+                change="lower optimizer.lr, lengthen optimizer.warmup_steps or lower optimizer.clip_norm, then resume",
+            )
+        clip_gradients(self.parameters, norm, self.config.optimizer.clip_norm)
+        rate = learning_rate(self.config.optimizer, self.step, config.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema:
+            self.ema.update(self.objective, self.step + 1)
+        self._accumulate(int(count), rest, list(terms))
+        return norm.item(), rate
+
+    def _accumulate(self, count: int, sums: list[float], names: list[str]) -> None:
+        interval = self.interval
+        interval.count += count
+        for index in range(NUM_TIME_BUCKETS):
+            interval.bucket_sums[index] += sums[index]
+            interval.bucket_counts[index] += sums[NUM_TIME_BUCKETS + index]
+        for name, value in zip(names, sums[2 * NUM_TIME_BUCKETS :], strict=True):
+            interval.terms[name] = interval.terms.get(name, 0.0) + value
+
+    # -- records -----------------------------------------------------------------------------------------------
+
+    def _log(self, norm: float, rate: float) -> None:
+        """One line of metrics.jsonl and of progress: means over the interval since the last one."""
+        interval, self.interval = self.interval, Interval()
+        terms = {name: value / interval.count for name, value in interval.terms.items()}
+        pairs = zip(interval.bucket_sums, interval.bucket_counts, strict=True)
+        speed = self.meter.lap()
+        record = {
+            "step": self.step,
+            "split": "train",
+            "tokens_seen": self.loader.consumed * self.config.data.sequence_length,
+            "loss": sum(terms.values()),
+            "terms": terms,
+            "loss_by_time": [value / number if number else None for value, number in pairs],
+            "grad_norm": norm,
+            "lr": rate,
+            "tokens_per_second": speed.tokens_per_second,
+            "mfu": self._mfu(speed.tokens_per_second),
+            "data_wait": self.data_wait / speed.seconds if speed.seconds else 0.0,
+            "seconds": self.meter.elapsed,
+        }
+        self.data_wait = 0.0
+        self._record(record)
+        self.say(format_line(record, self.config.training.steps, speed.eta))
+
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        """Full-head convention, no causal halving (model/flops.py); None where the device's peak is unknown."""
+        if self.device.type != "cuda":
+            return None
+        name = torch.cuda.get_device_name(self.device)
+        return mfu(tokens_per_second, self.flops_per_token, device_name=name, num_devices=self.world.size)
+
+    def _record(self, record: dict) -> None:
+        self.metrics.write(record)
+        self.wandb.write(record)
+
+    def _validate(self) -> None:
+        """The objective's figures on the first validation rows, one draw each, with the averaged weights."""
+        config = self.config.training
+        num_sequences = min(config.validation_sequences, len(self.validation_rows))
+        with self._averaged(), autocast(self.config.run.precision, self.device):
+            estimates = evaluate_rows(
+                self.objective, self.validation_rows, num_sequences=num_sequences, draws=1, seed=self.config.run.seed,
+                micro_batch_size=config.micro_batch_size, world=self.world,
+            )  # fmt: skip
+        first = estimates[0]
+        self._record(
+            {
+                "step": self.step,
+                "split": "validation",
+                "tokens_seen": self.loader.consumed * self.config.data.sequence_length,
+                "loss": first.value,
+                "terms": {estimate.name: estimate.value for estimate in estimates},
+                "standard_error": first.standard_error,
+                "bits_per_byte": first.bits_per_byte,
+            }
+        )
+        self.say(f"  validation: {first.label} {first.value:.4f} +- {first.standard_error:.4f} nats per token "
+                 f"({num_sequences} sequences, one draw)")  # fmt: skip
+
+    def _sample(self) -> None:
+        if self.world.rank == 0:
+            prompt = no_prompt(self.config.training.num_samples, self.config.data.sequence_length)
+            with self._averaged(), autocast(self.config.run.precision, self.device):
+                samples = draw_samples(self.objective, self.config.sampling, prompt, key=self.config.run.seed)
+            path = self.run_dir / "samples" / f"step-{self.step:08d}.jsonl"
+            write_samples(path, samples, self.tokenizer, self.config.sampling, step=self.step, seed=self.config.run.seed)
+        self.world.barrier()
+
+    def _averaged(self):
+        return self.ema.applied(self.objective) if self.ema else torch.no_grad()
+
+    def _write_environment(self) -> None:
+        if self.world.rank == 0:
+            record = collect_environment(str(self.device)) | {"ranks": self.world.size}
+            record["parameters"] = parameter_counts(self.objective.network)
+            (self.run_dir / "environment.json").write_text(json.dumps(record, indent=2) + "\n")
+
+    def say(self, text: str) -> None:
+        if self.world.rank == 0:
+            print(text, flush=True)
+
+    # -- checkpoints -------------------------------------------------------------------------------------------
+
+    def _save(self, *, last: bool) -> None:
+        """Commit a checkpoint. A failed save is reported and training goes on, unless nothing later could save."""
+        problem = None
+        if self.world.rank == 0:
+            state = {
+                "interval": vars(self.interval),
+                "metrics_offset": self.metrics.offset,
+                "seconds": self.meter.elapsed,
+                "loader": self.loader.state_dict(),
+            }
+            snapshot = take(self.config, self.step, self.objective, self.optimizer, self.ema, state, self.tokenizer)
+            try:
+                self.store.save(self.step, snapshot.groups, snapshot.state, snapshot.files)
+            except SaveFailed as error:
+                problem = str(error)
+        problem = self.world.broadcast_object(problem)
+        if problem is None:
+            self.failed_saves, self.saved_step = 0, self.step
+            return
+        self.failed_saves += 1
+        self.say(f"warning: the checkpoint of step {self.step} could not be saved; training goes on\n{problem}")
+        if last or self.failed_saves >= MAX_FAILED_SAVES:
+            raise TrainingFailed(
+                f"no checkpoint could be saved at step {self.step} ({self.failed_saves} in a row)",
+                found=problem,
+                change="free space or choose another run.dir; the last valid checkpoint is intact, resume from it",
+            )
+
+    def _resume(self) -> dict[str, Any]:
+        """Continue from the newest valid checkpoint, if there is one. Returns its state, or {}."""
+        found = self.store.latest_valid(report=self.say) if self.config.checkpoint.resume == "auto" else None
+        if found is None:
+            return {}
+        self.step, path = found
+        snapshot = Snapshot.load(self.store, path)
+        restore(snapshot, self.config, self.objective, self.optimizer, self.ema, self.tokenizer)
+        self.loader.load_state_dict(snapshot.state["loader"])
+        self.interval = Interval(**snapshot.state["interval"])
+        self.say(f"resumed from step {self.step} ({path})")
+        return snapshot.state
+
+    def close(self) -> None:
+        """Close the records; the run directory is complete."""
+        self.metrics.close()
+        self.wandb.close()

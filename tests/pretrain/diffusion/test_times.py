@@ -1,0 +1,71 @@
+"""Stratified times: evenly spread over the global batch, the same on every split, unbiased."""
+
+import math
+
+import pytest
+import torch
+
+from braid.kernels.random import fold_key
+from braid.pretrain.diffusion.times import (
+    evaluation_strata,
+    log_uniform_mixture,
+    time_buckets,
+    to_range,
+    training_strata,
+)
+
+KEY = fold_key(7, "train")
+
+
+def test_each_stratum_of_the_global_batch_is_hit_once():
+    ordinals = torch.arange(640, 640 + 64)
+    strata = training_strata(KEY, 640, 64, ordinals)
+    assert strata.dtype == torch.float64
+    assert torch.equal((strata * 64).floor().sort().values, torch.arange(64.0, dtype=torch.float64))
+
+
+def test_a_rank_and_micro_batch_sees_its_part_of_the_same_times():
+    whole = training_strata(KEY, 640, 64, torch.arange(640, 704))
+    part = training_strata(KEY, 640, 64, torch.arange(656, 664))
+    assert torch.equal(whole[16:24], part)
+
+
+def test_every_rank_sees_the_whole_range_of_times():
+    """Unpermuted strata would give rank 0 of 4 only times below 1/4."""
+    means = [training_strata(KEY, k * 64, 64, torch.arange(k * 64, k * 64 + 16)).mean() for k in range(400)]
+    average = torch.stack(means).mean()
+    assert abs(average - 0.5) < 5 * math.sqrt(1 / 12 / 16 / 400)
+
+
+def test_steps_differ_and_are_uniform():
+    draws = torch.cat([training_strata(KEY, k * 8, 8, torch.arange(k * 8, k * 8 + 8))[:1] for k in range(2000)])
+    assert len(draws.unique()) == len(draws)
+    assert abs(draws.mean() - 0.5) < 5 * math.sqrt(1 / 12 / 2000)
+
+
+def test_evaluation_strata_cover_the_draws_of_each_sequence():
+    ordinals = torch.arange(100)
+    strata = torch.stack([evaluation_strata(KEY, ordinals, k, 4) for k in range(4)])
+    assert torch.equal((strata * 4).floor().long(), torch.arange(4)[:, None].expand(4, 100))
+    shifts = strata[0] * 4
+    assert len(shifts.unique()) == 100 and abs(shifts.mean() - 0.5) < 5 * math.sqrt(1 / 12 / 100)
+
+
+def test_buckets():
+    assert time_buckets(torch.tensor([0.0, 0.0999, 0.1, 0.95, 1.0])).tolist() == [0, 0, 1, 9, 9]
+
+
+@pytest.mark.parametrize("smallest", [1e-5, 0.0099])
+def test_importance_sampled_integral_of_a_steep_function(smallest):
+    """E[f(t) / density] is the integral of f; here of 1/t^2 on [smallest, 1], known in closed form."""
+    strata = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
+    times, density = log_uniform_mixture(strata, smallest)
+    assert times.min() >= smallest and times.max() <= 1
+    assert torch.all(times.diff() > 0)
+    assert torch.allclose((1 / density).mean(), torch.tensor(1 - smallest, dtype=torch.float64), rtol=1e-6)
+    exact = 1 / smallest - 1
+    assert abs((1 / times**2 / density).mean() / exact - 1) < 1e-4
+
+
+def test_range():
+    assert to_range(torch.tensor([0.0, 1.0], dtype=torch.float64), 0.25, 0.75).tolist() == [0.25, 0.75]
