@@ -8,8 +8,8 @@
 #   make clean        remove what these targets made; runs/ and data/ stay
 #
 # Python 3.11 or newer: make PYTHON=python3.12 test
-# On Linux PyPI's torch is the CUDA build. The CPU build saves gigabytes where there is no GPU:
-#   make PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu demo
+# On Linux a plain torch is the CUDA build; PyTorch's index of CPU builds saves gigabytes where there is no GPU:
+#   make PIP_EXTRA_INDEX_URL=URL_OF_THAT_INDEX demo
 
 PYTHON ?= python3
 PYTEST_ARGS ?=

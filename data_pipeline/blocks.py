@@ -53,7 +53,7 @@ class BlockWriter:
         records: list[dict],
         on_shard: Callable[[dict], None],
     ) -> None:
-        self._folder, self._on_shard = folder, on_shard
+        self._folder, self.dtype, self._on_shard = folder, dtype, on_shard
         self._shards = [record["shard"] for record in records]
         self._rows = [tuple(row) for record in records for row in record["rows"]]
         self._num_recorded_rows = len(self._rows)

@@ -104,9 +104,11 @@ def _prepare(source: Source, tokenizer: str, output: Path, settings: dict, worke
         return manifest
     if source.num_ignored:
         report.note(f"left out {source.num_ignored} files of other kinds in the folders")
-    with _explained(output, source), Journal(output, header) as journal:
+    writers: dict[str, BlockWriter] = {}
+    explained = _explained(output, lambda: _missing_space(output, writers, source, report))
+    with explained, Journal(output, header) as journal:
         chosen, split = _plan(journal, source, make_tokenizer, output, settings, report)
-        writers = {name: _writer(name, output, chosen, settings, journal) for name in SPLITS}
+        writers.update((name, _writer(name, output, chosen, settings, journal)) for name in SPLITS)
         if journal.num_shards:
             report.note(f"going on after {journal.num_shards} finished shards")
         _fill(writers, source, split, chosen, output / TOKENIZER_FOLDER, workers, report)
@@ -253,7 +255,7 @@ def _commit(writers: dict[str, BlockWriter], tokenizer: Tokenizer, output: Path,
 
 
 @contextmanager
-def _explained(output: Path, source: Source) -> Iterator[None]:
+def _explained(output: Path, missing_space: Callable[[], str]) -> Iterator[None]:
     """Turn what the file system refuses into an InputError."""
     try:
         yield
@@ -262,7 +264,7 @@ def _explained(output: Path, source: Source) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise InputError(
                 f"no space left to write {path} ({error.strerror})",
-                found=_space(output, source),
+                found=f"{shutil.disk_usage(output).free / 1e6:,.1f} MB free{missing_space()}",
                 change="free some space and run the same command again, it goes on where it stopped; "
                 "or give another --output",
             ) from error
@@ -272,14 +274,14 @@ def _explained(output: Path, source: Source) -> Iterator[None]:
         raise
 
 
-def _space(output: Path, source: Source) -> str:
-    """Free and missing bytes; what is missing is guessed from the share of the input that has been read."""
-    free = f"{shutil.disk_usage(output).free / 1e6:,.1f} MB free"
+def _missing_space(output: Path, writers: dict[str, BlockWriter], source: Source, report: Progress) -> str:
+    """What the rest of the corpus takes, from the share of the input that has been tokenised."""
+    if not report.position:
+        return ""
+    tokenised_bytes = sum(writer.num_tokens * writer.dtype.itemsize for writer in writers.values())
     written = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-    if not 0 < source.position < source.total_bytes:
-        return free
-    missing = written * (source.total_bytes / source.position - 1)
-    return f"{free}, about {missing / 1e6:,.1f} MB more needed"
+    missing = tokenised_bytes * source.total_bytes / report.position - written
+    return f", about {missing / 1e6:,.1f} MB more needed"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

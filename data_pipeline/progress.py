@@ -20,6 +20,7 @@ class Progress:
         self._interval = interval
         self._bar: Bar | None = None
         self._begun_at: float | None = None
+        self.position = 0  # of the input, as last said
 
     def __enter__(self) -> Progress:
         if self._enabled and self._stream.isatty():
@@ -50,6 +51,7 @@ class Progress:
         """Totals so far: `num_bytes` of text, `position` of the input bytes. The first call is what speed and time left
         are measured from, so what an earlier run did does not count."""
         now = time.monotonic()
+        self.position = position
         if self._begun_at is None:
             self._begun_at = self._said_at = now
             self._first_tokens, self._first_position = tokens, position

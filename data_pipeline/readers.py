@@ -23,6 +23,8 @@ from braid.kernels.errors import InputError
 ENDINGS = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 BLOCK = 1 << 18
 """Bytes read at a time."""
+ZST_BLOCK = 1 << 12
+"""The same for .zst, where all that a block decompresses to comes at once."""
 PIECE_BYTES = 1 << 20
 """A longer document comes in pieces of about this many bytes, cut at line ends, so that a file of any length can be
 read, and one file tokenised by several processes."""
@@ -288,7 +290,7 @@ def _zst_blocks(file: BinaryIO) -> Iterator[bytes]:
     """Frame by frame: the library's stream reader takes the end of a cut-off file for the end of the content."""
     decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
     frame = None
-    while chunk := file.read(BLOCK):
+    while chunk := file.read(ZST_BLOCK):
         while chunk:
             frame = frame or decompressor.decompressobj()
             if data := frame.decompress(chunk):

@@ -223,10 +223,7 @@ def _backend(definition: dict, origin: str | Path) -> hf.Tokenizer:
 
 def _read_definition(path: Path) -> dict:
     change = "give a tokenizer.json as written by the Hugging Face `tokenizers` library (decompress a .gz first)"
-    try:
-        definition = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{path} is not a tokenizer.json", found=str(error), change=change) from error
+    definition = _read_json(path, change)
     model = definition.get("model") if isinstance(definition, dict) else None
     if not isinstance(model, dict) or not model.get("vocab"):
         raise InputError(f"{path} is not a tokenizer.json", found="no `model` with a `vocab` in it", change=change)
@@ -292,11 +289,7 @@ def _configuration(folder: Path) -> dict:
     merged: dict = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
-            try:
-                content = json.loads((folder / name).read_bytes())
-            except ValueError as error:
-                change = "repair or remove it"
-                raise InputError(f"{folder / name} is not JSON", found=str(error), change=change) from error
+            content = _read_json(folder / name, "repair or remove it")
             merged.update({key: value for key, value in content.items() if value is not None})
     return merged
 
@@ -318,7 +311,7 @@ def _special_ids(definition: dict, folder: Path) -> dict[str, int]:
     serves another, and the mask is appended."""
     own = folder / OWN_FILE
     if own.is_file():
-        stored = json.loads(own.read_bytes())
+        stored = _read_json(own, "copy the tokenizer's folder again")
         return {role: stored[role] for role in ROLES}
     vocabulary = _vocabulary(definition)
     marked = {entry["content"]: entry["id"] for entry in _added(definition) if entry["special"]}
@@ -387,6 +380,13 @@ def _vocabulary(definition: dict) -> dict[str, int]:
 
 def _is_unknown(token: str) -> bool:
     return token in UNKNOWN
+
+
+def _read_json(path: Path, change: str) -> dict:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON", found=str(error), change=change) from error
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -58,7 +58,7 @@ class _Entry:
     otherwise: str
     probe: Callable[[], str] = lambda: "imported"
     module: str = ""
-    """A package is imported as this, and must then have `symbol`. The module alone proves nothing: flash-attn-4 installs a
+    """A package is imported as this, and must then have `symbol`. The module alone proves nothing: flash-attn-4 has a
     `flash_attn` too, and PyPI's `apex` is not NVIDIA's."""
     symbol: str = ""
     distribution: str = ""
@@ -295,7 +295,7 @@ ENTRIES = (
         module="apex.optimizers",
         symbol="FusedAdam",
         distribution="apex",
-        install="build https://github.com/NVIDIA/apex against the installed torch; PyPI's apex is another project",
+        install="build NVIDIA's apex from its repository against the installed torch; PyPI's apex is another project",
     ),
     _Entry(
         "megatron-core",

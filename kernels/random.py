@@ -77,20 +77,30 @@ def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, key: int) -> tuple[Te
     """Philox4x32-10 of int64 counter words in [0, 2^32), broadcast against each other; int64 words in [0, 2^32).
 
     Operands keep their own shapes until the rounds mix them: with position, block and ordinal on three axes the first
-    two rounds cost next to nothing. int64 products wrap modulo 2^64, so both halves are right once the sign that >>
-    extends is masked away; lower halves are masked only after they are mixed in.
+    two rounds cost next to nothing. After four rounds every word depends on all of the counter, so all have the full
+    shape, and the rest runs in the buffers at hand (fresh ones would cost a third more, in page faults).
+    int64 products wrap modulo 2^64, so both their halves are right once the sign that >> extends is masked away; lower
+    halves are masked only after they are mixed in.
     """
     assert 0 <= key < 1 << 64, f"a key has 64 unsigned bits: {key}"
     k0, k1 = key & MASK, key >> 32
-    for _ in range(NUM_ROUNDS):
-        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        c0, c1, c2, c3 = _mix(p1, c1, k0), p1, _mix(p0, c3, k1), p0
+    spare0 = spare1 = None
+    for number in range(NUM_ROUNDS):
+        full = number >= 4
+        p0 = torch.mul(c0, MULTIPLIERS[0], out=spare0)
+        p1 = torch.mul(c2, MULTIPLIERS[1], out=spare1)
+        mixed0 = _mix(p1, c1, k0, out=c2 if full else None)
+        mixed1 = _mix(p0, c3, k1, out=c0 if full else None)
+        if full:
+            spare0, spare1 = c1, c3
+        c0, c1, c2, c3 = mixed0, p1, mixed1, p0
         k0, k1 = (k0 + KEY_INCREMENTS[0]) & MASK, (k1 + KEY_INCREMENTS[1]) & MASK
-    return c0, c1 & MASK, c2, c3 & MASK
+    return c0, c1.bitwise_and_(MASK), c2, c3.bitwise_and_(MASK)
 
 
-def _mix(product: Tensor, word: Tensor, key_word: int) -> Tensor:
-    return (product >> 32 ^ word).bitwise_xor_(key_word).bitwise_and_(MASK)
+def _mix(product: Tensor, word: Tensor, key_word: int, out: Tensor | None) -> Tensor:
+    high = torch.bitwise_right_shift(product, 32, out=out)
+    return torch.bitwise_xor(high, word, out=out).bitwise_xor_(key_word).bitwise_and_(MASK)
 
 
 def _draw(
@@ -276,13 +286,15 @@ def _normal_table(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _to_normal(r: Tensor) -> Tensor:
+    """Uses up r."""
     # A compiler may fuse the product and the sum into one rounding. This makes torch.compile leave the function alone.
     assert not torch.compiler.is_compiling()
     c0, c1 = _normal_table(r.device)
-    x = (r << 1).bitwise_or_(1).bitwise_and_(MASK).float()
+    sign = r.int().bitwise_and_(-(1 << 31))
+    x = r.bitwise_left_shift_(1).bitwise_or_(1).bitwise_and_(MASK).float()
     segment = (x.view(torch.int32) >> 23 - normal_table.MANTISSA_BITS).flatten()
     z = c1.index_select(0, segment).view_as(x).mul_(x).add_(c0.index_select(0, segment).view_as(x))
-    z.view(torch.int32).bitwise_xor_(r.int().bitwise_and_(-(1 << 31)))
+    z.view(torch.int32).bitwise_xor_(sign)
     return z
 
 

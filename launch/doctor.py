@@ -12,6 +12,7 @@ from importlib.metadata import version
 from braid.kernels.capabilities import Capability, report
 
 COLOURS = {"works": "green", "missing": "dim", "broken": "red"}
+"""Of a capability's status."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,13 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Print the table; 2 if torch does not work, else 0."""
     machine = {"braid": version("braid-lm"), "python": platform.python_version(), "platform": platform.platform()}
+    if sys.stderr.isatty():
+        print("trying everything once, which takes some seconds ...", file=sys.stderr)
     capabilities = report()
     if options.json:
         print(json.dumps(machine | {"capabilities": [asdict(capability) for capability in capabilities]}, indent=2))
-    elif sys.stdout.isatty():
-        print_table(machine, capabilities)
     else:
-        print_plain(machine, capabilities)
+        (print_table if sys.stdout.isatty() else print_plain)(machine, capabilities)
     return 0 if next(c for c in capabilities if c.name == "torch").status == "works" else 2
 
 

@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dir", type=Path, default=Path("runs/demo"), help="where everything goes; default runs/demo")
     parser.add_argument("--steps", type=int, help="optimizer steps of each model; default: the demo recipes'")
     parser.add_argument("--sequences", type=int, default=256, help="validation rows in the final figures; default 256")
-    parser.add_argument("--draws", type=int, default=4, help="Monte-Carlo draws per row in the final figures; default 4")
+    parser.add_argument(
+        "--draws", type=int, default=4, help="Monte-Carlo draws per row in the final figures; default 4"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -37,7 +39,9 @@ def main(args: argparse.Namespace) -> int:
     prepare_embedded(data)
 
     configs = {name: _config(name, args, data) for name in MODELS}
-    _section("2. Three models of the same size on the same tokens: joint (ccdd), masked diffusion (mdlm), autoregressive (ar)")
+    _section(
+        "2. Three models of one size on the same tokens: joint (ccdd), masked diffusion (mdlm), autoregressive (ar)"
+    )
     _announce_time(configs["ccdd"], args)
     for config in configs.values():
         pretrain(config)
@@ -90,7 +94,10 @@ def _announce_time(config, args: argparse.Namespace) -> None:
     accumulation = config.training.global_batch_size // config.training.micro_batch_size
     minutes = len(MODELS) * config.training.steps * accumulation * seconds * 1.3 / 60  # the optimizer, data and noise
     tokens_seen = config.training.steps * config.training.global_batch_size * config.data.sequence_length
-    print(f"each sees {tokens_seen:,} tokens; at this machine's speed about {minutes:.0f} minutes for the three", flush=True)
+    print(
+        f"each sees {tokens_seen:,} tokens; at this machine's speed about {minutes:.0f} minutes for the three",
+        flush=True,
+    )
 
 
 def _evaluate(run_dir: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -163,8 +170,8 @@ def _conclude(folder: Path, summary: dict[str, Any]) -> None:
     else:
         print(f"Its latents do not help the bound here: {-gain:+.4f} +- {noise:.4f} nats against the masked-diffusion "
               "control. (A table encoder knows nothing of the context; see the README.)")  # fmt: skip
-    print(f"Took {summary['seconds'] / 60:.1f} minutes. Look at {folder / 'report.html'}; numbers in {folder / 'summary.json'}; "
-          f"samples in {folder / summary['samples']}.")  # fmt: skip
+    print(f"Took {summary['seconds'] / 60:.1f} minutes. Look at {folder / 'report.html'};")
+    print(f"numbers are in {folder / 'summary.json'}, samples in {folder / summary['samples']}.")
 
 
 def _section(title: str) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import xxhash
+
 from braid.kernels.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
+
 from braid.kernels.errors import CheckpointError
 from braid.pretrain.checkpoint.files import hash_file
 

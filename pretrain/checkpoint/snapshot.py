@@ -151,7 +151,9 @@ def load_model(path: Path, device: torch.device, *, use_ema: bool = True) -> Loa
         store = CheckpointStore(path / "checkpoints")
         found = store.latest_valid(report=print)
         if found is None:
-            raise CheckpointError(f"no valid checkpoint in {path / 'checkpoints'}", change="train first: braid pretrain ...")
+            raise CheckpointError(
+                f"no valid checkpoint in {path / 'checkpoints'}", change="train first: braid pretrain ..."
+            )
         path = found[1]
     elif (path / "manifest.json").is_file():
         store = CheckpointStore(path.parent)

@@ -164,7 +164,7 @@ class OptimizerConfig:
     """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
     schedule: str = "constant"
     """After warm-up: `constant`, `cosine` (to min_lr_ratio at the last step) or `wsd` (constant, then linear decay)."""
-    warmup_steps: int = 2500
+    warmup_steps: int = 100
     """Steps of linear warm-up from 0."""
     decay_steps: int = 0
     """For `wsd`: length of the final decay in steps."""
@@ -205,7 +205,7 @@ class CheckpointConfig:
     keep: int = 2
     """Newest checkpoints kept; older ones are removed once a newer one is verified. 0 keeps all."""
     resume: str = "auto"
-    """`auto` (continue from the newest valid checkpoint of this run, if any) or `never` (refuse to reuse the folder)."""
+    """`auto` (go on from the newest valid checkpoint of this run, if any) or `never` (refuse to reuse the folder)."""
 
 
 @dataclass(frozen=True, kw_only=True)

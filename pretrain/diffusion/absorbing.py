@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def mask_tokens(tokens_BL: Tensor, uniforms_BL: Tensor, mask_probability_B: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
+def mask_tokens(
+    tokens_BL: Tensor, uniforms_BL: Tensor, mask_probability_B: Tensor, mask_id: int
+) -> tuple[Tensor, Tensor]:
     """x_t and where it is masked (bool): a token is masked when its uniform is below 1 - alpha_t.
 
     The probability is rounded once to float32, as the uniforms are: the same decision on every device.

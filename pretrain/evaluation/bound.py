@@ -55,8 +55,12 @@ def estimate(
     per_byte = tokens.sum() / (num_bytes * math.log(2))
     return Estimate(
         name, label, float(value), float(error), float(value * per_byte), float(error * per_byte),
-        float(np.exp(value)), is_bound, note,
+        _exp(value), is_bound, note,
     )  # fmt: skip
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf  # beyond, float64 overflows
 
 
 @torch.no_grad()
@@ -92,16 +96,21 @@ def evaluate_rows(
         done += len(batch.tokens)
         progress(done)
     objective.train(training)
-    world.all_reduce_sum(counts)
-    num_bytes = sum(rows.num_bytes(i) for i in range(num_sequences))
+    counts = world.all_reduce_sum(counts).cpu().numpy()
+    scored = counts.nonzero()[0]  # all of them, unless rows of damaged shards are skipped
+    num_bytes = sum(rows.num_bytes(int(i)) for i in scored)
     estimates = []
     for figure in objective.figures:
-        world.all_reduce_sum(nats[figure.name])
-        values = nats[figure.name].cpu().numpy()
+        values = world.all_reduce_sum(nats[figure.name]).cpu().numpy()
         estimates.append(
             estimate(
-                values, counts.cpu().numpy(), num_bytes,
-                name=figure.name, label=figure.label, is_bound=figure.is_bound, note=figure.note,
+                values[scored],
+                counts[scored],
+                num_bytes,
+                name=figure.name,
+                label=figure.label,
+                is_bound=figure.is_bound,
+                note=figure.note,
             )  # fmt: skip
         )
     return estimates
@@ -122,5 +131,5 @@ def unigram_entropy(rows: Rows, num_sequences: int, vocab_size: int) -> Estimate
     num_bytes = sum(rows.num_bytes(index) for index in range(num_sequences))
     return estimate(
         nats, tokens, num_bytes,
-        name="unigram_entropy", label="unigram entropy", is_bound=False, note="frequencies of the scored rows themselves",
+        name="unigram_entropy", label="unigram entropy", is_bound=False, note="frequencies of the scored rows",
     )  # fmt: skip

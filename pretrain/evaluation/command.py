@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="key of the draws; default 0")
     parser.add_argument("--raw-weights", action="store_true", help="trained weights instead of their moving average")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--json", type=Path, help="also write the result here; default: evaluation.json in a run directory")
+    parser.add_argument(
+        "--json", type=Path, help="also write the result here; default: evaluation.json in a run directory"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -42,6 +44,7 @@ def main(args: argparse.Namespace) -> int:
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """The result as a JSON-able dictionary (the contract of evaluation.json)."""
     from braid.kernels.errors import ConfigError, InputError
+    from braid.kernels.reference import MAX_DRAWS
     from braid.parallel.data_parallel import World, pick_device
     from braid.pretrain.checkpoint.snapshot import load_model
     from braid.pretrain.training.precision import autocast
@@ -51,10 +54,14 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     metrics = [name.strip() for name in args.metrics.split(",") if name.strip()]
     unknown = sorted(set(metrics) - set(METRICS))
     if unknown or not metrics:
-        raise ConfigError("unknown metric", found=", ".join(unknown) or "none", change=f"choose from {', '.join(METRICS)}")
+        raise ConfigError(
+            "unknown metric", found=", ".join(unknown) or "none", change=f"choose from {', '.join(METRICS)}"
+        )
     for name, value in (("draws", args.draws), ("batch-size", args.batch_size), ("samples", args.samples)):
         if value < 1:
             raise ConfigError(f"--{name} must be at least 1", found=str(value))
+    if args.draws > MAX_DRAWS:
+        raise ConfigError("too many draws", found=str(args.draws), change=f"the noise counter holds {MAX_DRAWS}")
 
     device = pick_device(args.device)
     model = load_model(args.checkpoint, device, use_ema=not args.raw_weights)
@@ -78,17 +85,16 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "num_tokens": num_sequences * config.data.sequence_length,
         "num_bytes": sum(rows.num_bytes(i) for i in range(num_sequences)),
         "bytes_are_exact": rows.bytes_are_exact,
-        "draws": args.draws,
+        "draws": 1 if model.objective.causal else args.draws,  # an exact likelihood has nothing to draw
         "t_range": None if model.objective.causal else [1e-5, 1.0],
         "dtype": config.run.precision,
         "weights": "trained" if args.raw_weights or not config.training.ema_decay else "moving average",
         "figures": [],
     }
     if "bound" in metrics:
-        draws = 1 if model.objective.causal else args.draws  # an exact likelihood has nothing to draw
         with autocast(config.run.precision, device):
             estimates = evaluate_rows(
-                model.objective, rows, num_sequences=num_sequences, draws=draws, seed=args.seed,
+                model.objective, rows, num_sequences=num_sequences, draws=result["draws"], seed=args.seed,
                 micro_batch_size=args.batch_size, world=World.single(device),
                 progress=lambda done: _progress(done, num_sequences),
             )  # fmt: skip
@@ -141,6 +147,10 @@ def _finite(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _perplexity(figure: dict[str, Any]) -> str:
+    return "beyond floating point" if figure["perplexity"] is None else f"{figure['perplexity']:.4g}"
+
+
 def _progress(done: int, total: int) -> None:
     if sys.stderr.isatty():
         print(f"\revaluated {done} of {total} rows", end="\n" if done == total else "", file=sys.stderr, flush=True)
@@ -149,8 +159,8 @@ def _progress(done: int, total: int) -> None:
 def format_table(result: dict[str, Any]) -> str:
     """The result for people: every figure with what it is and the conventions it depends on."""
     lines = [
-        f"{result['objective']}, step {result['checkpoint_step']}, {result['weights']} weights; {result['split']} split: "
-        f"{result['num_sequences']} rows of {result['sequence_length']} tokens ({result['packing']}), "
+        f"{result['objective']}, step {result['checkpoint_step']}, {result['weights']} weights; "
+        f"{result['split']} split: {result['num_sequences']} rows of {result['sequence_length']} tokens ({result['packing']}), "
         f"{result['draws']} draws, {result['dtype']}"
     ]
     for figure in [*result["figures"], *([result["unigram_entropy"]] if "unigram_entropy" in result else [])]:
@@ -158,13 +168,14 @@ def format_table(result: dict[str, Any]) -> str:
         lines.append(
             f"  {figure['label']}: {figure['value']:.4f}"
             + (f" +- {error:.4f}" if error is not None else " (one row: no standard error)")
-            + f" nats per token, perplexity {figure['perplexity']:.2f}, {figure['bits_per_byte']:.4f} bits per byte"
+            + f" nats per token, perplexity {_perplexity(figure)}, {figure['bits_per_byte']:.4f} bits per byte"
             + ("" if result["bytes_are_exact"] else " (bytes by the split's mean)")
         )
         lines.append(f"      {'bound' if figure['is_bound'] else 'not a bound'}: {figure['note']}")
     if "samples" in result:
         samples = result["samples"]
         lines.append(
-            f"  entropy of {samples['num']} samples: {samples['entropy']:.4f} nats ({samples['network_calls']} network calls)"
+            f"  entropy of {samples['num']} samples: {samples['entropy']:.4f} nats "
+            f"({samples['network_calls']} network calls)"
         )
     return "\n".join(lines)

@@ -81,15 +81,18 @@ class Backbone(nn.Module):
 
     def forward(
         self,
-        tokens_BL: Tensor,
-        times_B: Tensor | None,
-        latents_BLD: Tensor | None = None,
+        tokens: Tensor,
+        times: Tensor | None,
+        latents: Tensor | None = None,
         dropout: DropoutKey | None = None,
     ) -> Prediction:
-        """`times_B` in [0, 1] is ignored (0 is fed) unless the model is time-conditioned; `dropout` is required in
-        training where the configured probability is not 0, and ignored otherwise. Runs under the caller's autocast."""
-        c_BC = self.condition(tokens_BL, times_B)
-        x_BLW = self.trunk(tokens_BL, c_BC, latents_BLD, dropout)
+        """Tokens int64 [B, L], times in [0, 1] [B], latents [B, L, D]; runs under the caller's autocast.
+
+        `times` is ignored (0 is fed) unless the model is time-conditioned; `dropout` is required in training where the
+        configured probability is not 0, and ignored otherwise.
+        """
+        c_BC = self.condition(tokens, times)
+        x_BLW = self.trunk(tokens, c_BC, latents, dropout)
         logits_BLV = self.token_head(x_BLW, c_BC).float()
         return Prediction(logits_BLV, self.latent_head(x_BLW, c_BC).float() if self.latent_dim else None)
 
@@ -110,10 +113,10 @@ class Backbone(nn.Module):
             x_BLW = x_BLW + self.latent_input(latents_BLD, c_BC)
         config = self.config
         rope = rope_tables(tokens_BL.shape[1], config.width // config.num_heads, config.rope_base, tokens_BL.device)
-        if not (self.training and config.dropout > 0):
-            dropout = None
-        else:
+        if self.training and config.dropout > 0:
             assert dropout is not None, "dropout in training needs its key"
+        else:
+            dropout = None
         recompute = config.activation_checkpointing == "block" and torch.is_grad_enabled()
         for block in self.blocks:
             if recompute:

@@ -36,14 +36,15 @@ class Encoder(ABC):
         self.latent_dim, self.mask_id, self.variance_floor = latent_dim, mask_id, variance_floor
 
     @torch.no_grad()
-    def encode(self, tokens_BL: Tensor, hidden_BL: Tensor) -> Tensor:
-        """Representations [B, L, D], float32, of clean tokens (int64) whose `hidden` positions (bool) are not seen.
+    def encode(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """Representations [B, L, D], float32, of clean tokens [B, L] (int64) whose `hidden` positions (bool) are not
+        seen.
 
         Every vector has mean 0 and variance 1 over its D dimensions; it is 0 at hidden positions and wherever the token
         is the mask, which is nobody's text. With nothing hidden this is the clean target z_0.
         """
-        hidden_BL = hidden_BL | (tokens_BL == self.mask_id)
-        z_BLD = standardise(self.represent(tokens_BL, hidden_BL), self.variance_floor)
+        hidden_BL = hidden | (tokens == self.mask_id)
+        z_BLD = standardise(self.represent(tokens, hidden_BL), self.variance_floor)
         return z_BLD.masked_fill(hidden_BL[..., None], 0.0)
 
     @abstractmethod

@@ -158,4 +158,3 @@ class CCDD(Objective):
             "token loss weight": self.token_weight(times.clamp(min=1e-2)),
             "latent loss weight": self.config.continuous_scale * weight,
         }
-

@@ -36,10 +36,10 @@ def significant(value: float | None, digits: int = 3) -> str:
         return NOTHING
     if value == 0:
         return "0"
-    exponent = math.floor(math.log10(abs(value)))
+    mantissa, power = f"{value:.{digits - 1}e}".split("e")  # the power after rounding: 9.996 is 10.0
+    exponent = int(power)
     if not -4 <= exponent < 6:
-        mantissa, power = f"{value:.{digits - 1}e}".split("e")
-        return f"{mantissa}e{int(power)}".replace("-", MINUS)
+        return f"{mantissa}e{exponent}".replace("-", MINUS)
     return fixed(value, max(0, digits - 1 - exponent))
 
 

@@ -17,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, help="nucleus: smallest token set with this mass; 1 keeps all")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", help="text every sample begins with")
-    prompt.add_argument("--infill", type=Path, help='JSON lines {"text": "known [[5]] known"}; [[n]] is a gap of n tokens')
+    prompt.add_argument(
+        "--infill", type=Path, help='JSON lines {"text": "known [[5]] known"}; [[n]] is a gap of n tokens'
+    )
     parser.add_argument("--seed", type=int, default=0, help="key of the draws; default 0")
     parser.add_argument("--batch-size", type=int, default=16, help="samples drawn at a time; does not change them")
     parser.add_argument("--raw-weights", action="store_true", help="trained weights instead of their moving average")

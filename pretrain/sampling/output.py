@@ -52,7 +52,9 @@ def write_trajectory(path: Path, samples: Samples, tokenizer: Tokenizer) -> None
             }
         )
         previous = tokens
-    _replace(path, json.dumps({"mask_id": tokenizer.mask_id, "decoded_mask": "_", "frames": frames}, ensure_ascii=False))
+    _replace(
+        path, json.dumps({"mask_id": tokenizer.mask_id, "decoded_mask": "_", "frames": frames}, ensure_ascii=False)
+    )
 
 
 def _replace(path: Path, text: str) -> None:

@@ -47,7 +47,9 @@ def infill_prompts(file: Path, num: int, length: int, tokenizer: Tokenizer, *, w
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise InputError(f"cannot read the infill file {file}: {error.strerror}", change="give an existing file") from error
+        raise InputError(
+            f"cannot read the infill file {file}: {error.strerror}", change="give an existing file"
+        ) from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -72,7 +72,7 @@ def _diffusion(
 
     Survival is alpha_t = 1 - t; the last step ends at t = 0 exactly, where every mask left is filled.
     """
-    (num, length), device = prompt.tokens.shape, prompt.tokens.device
+    length, device = prompt.tokens.shape[1], prompt.tokens.device
     tokens = torch.where(prompt.known, prompt.tokens, objective.mask_id)
     latents = _Latents(objective, prompt, key, ordinals) if isinstance(objective, CCDD) else None
     samples = Samples(tokens, 0)
@@ -157,12 +157,14 @@ def _autoregressive(
         known[:, -1] = False  # the EOS that closes a wrapped row; the model writes its own
     prefix = int(known.sum(1).max())
     if not torch.equal(known, known.cumprod(1).bool()) or not (known.sum(1) == prefix).all():
-        raise InputError("an AR model cannot infill: it only continues a prefix", change="use --prompt, or a diffusion model")
+        raise InputError(
+            "an AR model cannot infill: it only continues a prefix", change="use --prompt, or a diffusion model"
+        )
     samples = Samples(tokens, 0)
     for position in range(prefix, length):
         shifted = torch.roll(tokens, 1, dims=1)
         shifted[:, 0] = objective.bos_id
-        logits = objective.network(shifted[:, : position + 1]).logits[:, position]
+        logits = objective.network(shifted[:, : position + 1], None).logits[:, position]
         samples.network_calls += 1
         column = torch.full_like(ordinals, position)
         tokens[:, position] = _draw_tokens(objective, settings, logits, fold_key(key, "step", 0), ordinals, column)

@@ -12,9 +12,9 @@ import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+from braid.kernels.capabilities import require
 from braid.kernels.errors import InputError
 from braid.pretrain.checkpoint.files import write_atomically
 from braid.pretrain.config.schema import Config
@@ -42,12 +42,12 @@ class WandbSink:
             report: told in one line what went wrong with W&B.
 
         Raises:
-            InputError: the package is missing, or online is asked for without an API key.
+            BraidError: the package is missing; InputError: online is asked for without an API key.
         """
         telemetry = config.telemetry
         if telemetry.wandb == "off" or not enabled:
             return WandbSink(None, report)
-        wandb = _package()
+        wandb = require("wandb")
         settings = {"init_timeout": INIT_TIMEOUT_S}
         if hasattr(wandb.Settings(), "finish_timeout"):  # not in every version that will do
             settings["finish_timeout"] = FINISH_TIMEOUT_S
@@ -118,19 +118,6 @@ def _surviving(on_error: Callable[[Exception], None]) -> Iterator[None]:
         if not isinstance(error, OSError) and type(error).__module__.split(".")[0] != "wandb":
             raise
         on_error(error)
-
-
-def _package() -> ModuleType:
-    try:
-        import wandb
-        from wandb import init  # noqa: F401  a folder named wandb here is importable too, as an empty namespace
-    except ImportError as error:
-        raise InputError(
-            "telemetry.wandb needs the wandb package",
-            found=str(error),
-            change="pip install 'braid-lm[wandb]', or set telemetry.wandb=off",
-        ) from error
-    return wandb
 
 
 def _run_id(run_dir: Path) -> str:

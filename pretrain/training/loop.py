@@ -104,9 +104,7 @@ class Trainer:
         state = self._resume()
         if world.rank == 0:  # not before the checkpoint was found to fit: the file describes what is there
             write_atomically(self.run_dir / "config.yaml", dump_config(config).encode())
-        self.metrics = MetricsLog(
-            self.run_dir / "metrics.jsonl", state.get("metrics_offset"), enabled=world.rank == 0
-        )
+        self.metrics = MetricsLog(self.run_dir / "metrics.jsonl", state.get("metrics_offset"), enabled=world.rank == 0)
         self.wandb = WandbSink.start(config, self.run_dir, enabled=world.rank == 0)
         tokens_per_step = training.global_batch_size * data.sequence_length
         self.meter = ProgressMeter(training.steps, tokens_per_step, self.step, state.get("seconds", 0.0))
@@ -123,7 +121,7 @@ class Trainer:
 
     def train(self) -> None:
         config = self.config
-        self._write_environment()
+        self._write_descriptions()
         self.say(f"{config.objective.name}: {parameter_counts(self.objective.network)['total']:,} parameters, "
                  f"{len(self.loader.rows):,} training rows of {config.data.sequence_length} tokens, "
                  f"{config.training.steps:,} steps on {self.world.size} x {self.device.type}")  # fmt: skip
@@ -195,7 +193,9 @@ class Trainer:
         if not math.isfinite(norm.item()):
             raise TrainingFailed(
                 f"the gradient is not finite at step {self.step + 1}; the weights were left as they were",
-                found=", ".join(f"{name} {value:g}" for name, value in zip(terms, rest[2 * NUM_TIME_BUCKETS :], strict=True)),
+                found=", ".join(
+                    f"{name} {value:g}" for name, value in zip(terms, rest[2 * NUM_TIME_BUCKETS :], strict=True)
+                ),
                 change="lower optimizer.lr, lengthen optimizer.warmup_steps or lower optimizer.clip_norm, then resume",
             )
         clip_gradients(self.parameters, norm, self.config.optimizer.clip_norm)
@@ -285,17 +285,27 @@ class Trainer:
             with self._averaged(), autocast(self.config.run.precision, self.device):
                 samples = draw_samples(self.objective, self.config.sampling, prompt, key=self.config.run.seed)
             path = self.run_dir / "samples" / f"step-{self.step:08d}.jsonl"
-            write_samples(path, samples, self.tokenizer, self.config.sampling, step=self.step, seed=self.config.run.seed)
+            write_samples(
+                path, samples, self.tokenizer, self.config.sampling, step=self.step, seed=self.config.run.seed
+            )
         self.world.barrier()
 
     def _averaged(self):
         return self.ema.applied(self.objective) if self.ema else torch.no_grad()
 
-    def _write_environment(self) -> None:
-        if self.world.rank == 0:
-            record = collect_environment(str(self.device)) | {"ranks": self.world.size}
-            record["parameters"] = parameter_counts(self.objective.network)
-            (self.run_dir / "environment.json").write_text(json.dumps(record, indent=2) + "\n")
+    def _write_descriptions(self) -> None:
+        """environment.json and schedule.json: what the report shows beside the metrics."""
+        if self.world.rank != 0:
+            return
+        environment = collect_environment(str(self.device)) | {"ranks": self.world.size}
+        environment["parameters"] = parameter_counts(self.objective.network)
+        times = torch.linspace(0, 1, 101, dtype=torch.float64)
+        curves = {name: values.tolist() for name, values in self.objective.schedule_curves(times).items()}
+        for name, record in (
+            ("environment.json", environment),
+            ("schedule.json", {"times": times.tolist(), "series": curves}),
+        ):
+            write_atomically(self.run_dir / name, (json.dumps(record, indent=2) + "\n").encode())
 
     def say(self, text: str) -> None:
         if self.world.rank == 0:
@@ -344,7 +354,7 @@ class Trainer:
         self.say(f"resumed from step {self.step} ({path})")
         return snapshot.state
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
         """Close the records; the run directory is complete."""
         self.metrics.close()
-        self.wandb.close()
+        self.wandb.close(exit_code=int(failed))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from braid.kernels.errors import BraidError, ConfigError
@@ -14,7 +16,7 @@ from braid.pretrain.config.schema import Config
 from braid.pretrain.config.validate import validate
 
 from .loop import Trainer
-from .outcome import write_outcome
+from .outcome import clear_outcome, write_outcome
 from .precision import prepare_process
 
 STATUS = {2: "bad_config", 3: "preempted", 4: "failed", 5: "data_exhausted"}
@@ -31,13 +33,41 @@ def pretrain(config: Config) -> int:
     """Train `config` in this process (and its peers, under torchrun) and leave outcome.json in the run directory."""
     world = init_world(config.run.device)
     try:
-        validate(config, world_size=world.size)
+        with _outcome(config, world):
+            validate(config, world_size=world.size)
         prepare_process(config.run)
         store = CheckpointStore(Path(config.run.dir) / "checkpoints", keep=config.checkpoint.keep)
         with _writing(store, config, world):
             return _train(config, world, store)
     finally:
         world.close()
+
+
+@dataclass
+class _Ending:
+    """What is known of the run when it ends."""
+
+    trainer: Trainer | None = None
+
+
+@contextmanager
+def _outcome(config: Config, world: World) -> Iterator[_Ending]:
+    """Write outcome.json when the block fails, or has trained: torchrun does not pass exit codes through."""
+    ending = _Ending()
+    status, code, message = "failed", 1, ""
+    try:
+        yield ending
+        status, code = "done", 0
+    except BraidError as error:
+        status, code, message = STATUS[error.exit_code], error.exit_code, str(error)
+        raise
+    except BaseException as error:
+        message = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        if world.rank == 0 and (code or ending.trainer):
+            step = ending.trainer.step if ending.trainer else None
+            write_outcome(Path(config.run.dir), status, code, step, message)
 
 
 @contextmanager
@@ -63,24 +93,16 @@ def _writing(store: CheckpointStore, config: Config, world: World) -> Iterator[N
 
 
 def _train(config: Config, world: World, store: CheckpointStore) -> int:
-    """torchrun does not pass exit codes through, so the outcome is also written to a file."""
-    trainer, step = None, None
-    status, code, message = "failed", 1, ""
+    if world.rank == 0:
+        clear_outcome(Path(config.run.dir))  # a kill must not be taken for the ending of the start before it
+    trainer = None
     try:
-        trainer = Trainer(config, world, store)
-        trainer.train()
-        status, code = "done", 0
-    except BraidError as error:
-        status, code, message = STATUS[error.exit_code], error.exit_code, str(error)
-        raise
-    except BaseException as error:
-        message = f"{type(error).__name__}: {error}"
-        raise
+        with _outcome(config, world) as ending:
+            trainer = Trainer(config, world, store)
+            ending.trainer = trainer
+            trainer.train()
     finally:
-        if trainer is not None:
-            step = trainer.step
-            trainer.close()
-        if world.rank == 0:
-            write_outcome(Path(config.run.dir), status, code, step, message)
-    trainer.say(f"done: step {step}, everything is in {config.run.dir}")
+        if trainer:
+            trainer.close(failed=sys.exc_info()[0] is not None)
+    trainer.say(f"done: step {trainer.step}, everything is in {config.run.dir}")
     return 0

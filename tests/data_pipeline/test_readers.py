@@ -7,6 +7,7 @@ import sys
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 import xxhash
 import zstandard
@@ -166,8 +167,10 @@ def test_pieces_from_a_later_file_on(tmp_path):
 
 @pytest.mark.parametrize("ending", [".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst"])
 def test_memory_does_not_grow_with_the_file(tmp_path, ending):
-    line = json.dumps({"text": "some words " * 20}).encode() + b"\n"
-    path = write(tmp_path / f"a{ending}", line * 120_000)  # 27 MB
+    words = np.random.default_rng(0).integers(97, 123, (1000, 7), dtype=np.uint8)
+    words[:, -1] = ord(" ")
+    texts = words[np.random.default_rng(1).integers(0, 1000, (1200, 3000))]
+    path = write(tmp_path / f"a{ending}", b"".join(b'{"text": "%s"}\n' % text.tobytes() for text in texts))  # 25 MB
     tracemalloc.start()
     total = sum(piece.num_bytes for piece in TextFiles([path]).pieces())
     peak = tracemalloc.get_traced_memory()[1]

@@ -299,7 +299,7 @@ def test_errors_name_the_place_and_the_way_out(tmp_path):
     (empty / "spiece.model").write_bytes(b"x")
     assert "SentencePiece model only" in error(empty) and "save_pretrained" in error(empty)
     (tmp_path / "broken.json").write_text("{")
-    assert "broken.json is not a tokenizer.json" in error(tmp_path / "broken.json")
+    assert "broken.json is not JSON" in error(tmp_path / "broken.json")
     (tmp_path / "other.json").write_text('{"a": 1}')
     assert "no `model`" in error(tmp_path / "other.json")
     (tmp_path / "strange.json").write_text('{"model": {"type": "Nonsense", "vocab": {"</s>": 0}}, "added_tokens": []}')

@@ -60,10 +60,11 @@ def test_tails_of_normals(normals, sigma):
 
 
 def test_normals_of_neighbours_are_uncorrelated(normals):
+    z = normals[:, :64, :64]
     for dim in range(3):
         for lag in (1, 2, 4, 17):
-            length = normals.shape[dim] - lag
-            assert_uncorrelated(normals.narrow(dim, 0, length), normals.narrow(dim, lag, length))
+            length = z.shape[dim] - lag
+            assert_uncorrelated(z.narrow(dim, 0, length), z.narrow(dim, lag, length))
 
 
 def test_keys_streams_draws_and_words_are_independent():
@@ -130,8 +131,9 @@ def test_coins_are_uniform_and_independent():
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5])
 def test_dropout_rates(p):
     keep = random.dropout_keep(19, torch.arange(32), torch.arange(128), 256, p)
-    assert keep.all() if p == 0 else True
-    if p:
+    if p == 0:
+        assert keep.all()
+    else:
         dropped = ~keep
         assert_share(int(dropped.sum()), dropped.numel(), round(p * 65536) / 65536)
         assert_uncorrelated(dropped[..., ::2], dropped[..., 1::2])
@@ -164,7 +166,7 @@ def test_permutations_of_many_leave_no_trace():
 
 
 def draw_tokens(logits, count, key=37):
-    """How often each token came in `count` draws, and how often in the first of five parts of them."""
+    """How often each token came in `count` draws."""
     rows = torch.arange(count)
     return torch.bincount(random.categorical(key, logits.expand(count, -1), rows, rows % 1024), minlength=len(logits))
 
@@ -173,25 +175,39 @@ def test_categorical_has_the_softmax_frequencies():
     probability = torch.tensor([0.6, 0.25, 0.1, 0.04, 9e-3, 9e-4, 9e-5, 1e-5], dtype=torch.float64)
     for logits in (probability.log(), probability.log() - 1000, probability.log().float() + 50):
         counts = draw_tokens(logits, 400_000)
-        assert_counts(counts[:7].tolist() + [int(counts[7])], logits.double().softmax(0).numpy())
+        assert_counts(counts, logits.double().softmax(0).numpy())
 
 
 def test_categorical_keeps_the_rare_tail_of_zipf():
-    """V = 5000, p ~ rank^-2: the upper 4000 ranks share a mass of 5e-4, each of them a probability near 1e-7."""
+    """V = 5000, p ~ rank^-2: ranks beyond 100 share a mass of 0.6 %, each of them a probability of 1e-5 to 2e-8."""
     probability = torch.arange(1, 5001, dtype=torch.float64) ** -2.0
     probability = probability / probability.sum()
-    count = 40_000
+    count = 20_000
     counts = draw_tokens(probability.log().float(), count)
-    for first in (10, 100, 300, 1000):
+    for first in (10, 100, 300):
         assert_share(int(counts[first:].sum()), count, float(probability[first:].sum()))
-    head = 40
+    head = 30
     expected = torch.cat([probability[:head], probability[head:].sum().view(1)])
     assert_counts([*counts[:head].tolist(), int(counts[head:].sum())], expected.numpy())
 
 
+def test_small_exponentials_come_as_often_as_they_should():
+    """A token of probability p wins by an exponential near p, so the law must hold far below 1 / V."""
+    high = random.words(47, Stream.CATEGORICAL, torch.arange(64), torch.arange(256), num_blocks=64).flatten()
+    low = high.roll(1)
+    times = torch.from_numpy(reference.exponential(high.numpy().astype(np.uint32), low.numpy().astype(np.uint32)))
+    for bound in (1e-5, 1e-4, 1e-2, 1.0):
+        assert_share(int((times < bound).sum()), times.numel(), -math.expm1(-bound))
+    halvings = torch.bincount((-torch.log2(times)).floor().clamp(-1, 16).long() + 1, minlength=18)
+    edges = [math.inf, *(2.0**-k for k in range(17)), 0.0]
+    assert_counts(
+        halvings, [math.exp(-below) - math.exp(-above) for above, below in zip(edges, edges[1:], strict=False)]
+    )
+
+
 def test_categorical_favours_no_place_in_the_vocabulary():
     """Equal tokens, V not a multiple of four: each word of each block wins alike."""
-    counts = draw_tokens(torch.zeros(4097), 20_000)
+    counts = draw_tokens(torch.zeros(4097), 8_000)
     assert_counts(np.add.reduceat(counts.numpy(), range(0, 4096, 64))[:63], np.full(63, 1 / 63))
     by_word = [int(counts[word:4096:4].sum()) for word in range(4)]
     assert_counts(by_word, np.full(4, 1 / 4))

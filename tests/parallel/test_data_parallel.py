@@ -244,7 +244,6 @@ def test_under_torchrun(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_nccl_world_of_one(monkeypatch) -> None:
     """CUDA tensors over NCCL, host values over gloo, in one process group."""
     with socket.socket() as probe:

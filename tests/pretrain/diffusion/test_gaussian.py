@@ -39,6 +39,7 @@ def sample(step, schedule, num_steps, generator):
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_oracle_denoiser_keeps_the_data_distribution(name, sampler):
     """Mean within 1 %, standard deviation within 3 % at 256 steps, and closer than at 16: it converges."""
+
     def step(z, zhat, eps, t, s, schedule):
         return ddim_step(z, zhat, t, s, schedule) if sampler == "ddim" else ddpm_step(z, zhat, eps, t, s, schedule)
 

@@ -38,7 +38,7 @@ def test_variance_preserving():
 
 
 def test_discrete_steps_of_the_gaussian_weight_sum_to_the_snr_difference():
-    """abar_s^2 sigma_{t|s}^2 / (2 sigma_s^2 sigma_t^2) = (SNR(s) - SNR(t)) / 2: the identity behind the bound's weight."""
+    """abar_s^2 sigma_{t|s}^2 / (2 sigma_s^2 sigma_t^2) = (SNR(s) - SNR(t)) / 2, behind the bound's weight."""
     for name in ("vp_linear", "flow_linear"):
         schedule = GaussianSchedule(name)
         s, t = TIMES[:-1], TIMES[1:]

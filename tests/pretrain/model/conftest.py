@@ -1,11 +1,29 @@
-"""bfloat16 on the CPU, and the small corpora of the data pipeline's tests."""
+"""bfloat16 on the CPU, and corpora prepared from a few documents."""
 
 from __future__ import annotations
 
+import json
 import os
-import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
+
+from braid.data_pipeline.prepare import prepare
 
 # Some virtual machines advertise AMX and kill the process that uses it. oneDNN reads this when it is first used.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
-sys.path.append(str(Path(__file__).parents[2] / "data_pipeline"))  # small_corpus
+
+
+@pytest.fixture(scope="session")
+def prepare_documents() -> Callable[..., Path]:
+    """prepare_documents(folder, documents, tokenizer="bytes"): the folder, now a prepared corpus."""
+
+    def make(folder: Path, documents: list[str], tokenizer: str | Path = "bytes") -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        source = folder.with_name(folder.name + ".jsonl")
+        source.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+        prepare([source], tokenizer, folder, progress=False)
+        return folder
+
+    return make

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import tokenizers as hf
 import torch
-from small_corpus import build
 from torch import nn
 
 from braid.data_pipeline.tokenizers import load_tokenizer
@@ -64,10 +63,11 @@ def save_encoder(folder: Path, kind: str, words: list[str] = WORDS, seed: int = 
 class Prepared:
     """An encoder's folder and a corpus prepared with its tokenizer."""
 
-    def __init__(self, kind: str, folder: Path) -> None:
-        self.kind, self.path, self.corpus = kind, save_encoder(folder / "encoder", kind), folder / "corpus"
-        tokenizer = load_tokenizer(self.path)
-        build(self.corpus, ["the cat sat on the mat", "a big old dog ran home and ate"] * 4, tokenizer=tokenizer)
+    def __init__(self, kind: str, folder: Path, prepare_documents) -> None:
+        self.path = save_encoder(folder / "encoder", kind)
+        documents = ["the cat sat on the mat", "a big old dog ran home and ate"] * 20
+        self.corpus = prepare_documents(folder / "corpus", documents, self.path)
+        tokenizer = load_tokenizer(self.corpus / "tokenizer")
         self.vocab_size, self.mask_id = tokenizer.vocab_size, tokenizer.mask_id
         self.config = EncoderConfig(kind="huggingface", path=str(self.path), latent_dim=D)
 
@@ -80,12 +80,12 @@ class Prepared:
 
 
 @pytest.fixture(scope="session")
-def prepared(tmp_path_factory):
+def prepared(tmp_path_factory, prepare_documents):
     made: dict[str, Prepared] = {}
 
     def get(kind: str) -> Prepared:
         if kind not in made:
-            made[kind] = Prepared(kind, tmp_path_factory.mktemp(kind))
+            made[kind] = Prepared(kind, tmp_path_factory.mktemp(kind), prepare_documents)
         return made[kind]
 
     return get
@@ -132,6 +132,7 @@ def test_representations_are_standardised_and_zero_where_hidden(prepared, kind):
     z = encoder.encode(tokens, hidden)
     assert z.shape == (4, 12, D) and z.dtype == torch.float32 and encoder.latent_dim == D and not z.requires_grad
     assert torch.equal(z[hidden], torch.zeros(int(hidden.sum()), D))
+    assert not encoder.encode(tokens, torch.ones_like(hidden)).any()
     torch.testing.assert_close(z[~hidden].mean(-1), torch.zeros(int((~hidden).sum())), atol=1e-5, rtol=0)
     torch.testing.assert_close(z[~hidden].square().sum(-1), torch.full_like(z[~hidden][:, 0], D), rtol=1e-3, atol=0)
 
@@ -330,8 +331,8 @@ def test_same_vocabulary_split_otherwise(prepared, tmp_path):
         make(prepared, "gpt2", path=str(folder))
 
 
-def test_corpus_of_another_tokenizer(prepared, tmp_path):
-    build(tmp_path, ["the cat sat"])
+def test_corpus_of_another_tokenizer(prepared, prepare_documents, tmp_path):
+    corpus = prepare_documents(tmp_path / "corpus", ["the cat sat", "on the mat"])
     bert = prepared("bert")
     with pytest.raises(InputError, match="not the corpus's"):
-        build_encoder(bert.config, corpus_folder=tmp_path, vocab_size=259, mask_id=258, key=0)
+        build_encoder(bert.config, corpus_folder=corpus, vocab_size=259, mask_id=258, key=0)

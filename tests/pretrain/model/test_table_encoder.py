@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import sparse
-from small_corpus import build
 
 from braid.data_pipeline.corpus import TokenCorpus
 from braid.kernels.errors import BraidError, ConfigError, InputError
@@ -101,10 +100,10 @@ def planted_documents(num: int = 300, seed: int = 0) -> tuple[list[str], list[st
     return documents, members
 
 
-def test_related_tokens_are_nearer_than_others(tmp_path):
+def test_related_tokens_are_nearer_than_others(tmp_path, prepare_documents):
     documents, classes = planted_documents()
-    build(tmp_path, documents)
-    table = load_or_build_table(tmp_path, latent_dim=6, window=1, vocab_size=259, path="")
+    corpus = prepare_documents(tmp_path / "corpus", documents)
+    table = load_or_build_table(corpus, latent_dim=6, window=1, vocab_size=259, path="")
     rows = table[[ord(letter) for letters in classes for letter in letters]]
     rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     similarity, same = rows @ rows.T, np.kron(np.eye(3), np.ones((5, 5))).astype(bool)
@@ -114,9 +113,8 @@ def test_related_tokens_are_nearer_than_others(tmp_path):
 
 
 @pytest.fixture
-def corpus(tmp_path) -> Path:
-    build(tmp_path / "corpus", planted_documents()[0])
-    return tmp_path / "corpus"
+def corpus(tmp_path, prepare_documents) -> Path:
+    return prepare_documents(tmp_path / "corpus", planted_documents()[0])
 
 
 def load(corpus: Path, *, latent_dim: int = 4, window: int = 2, path: str | Path = "") -> np.ndarray:
@@ -146,13 +144,13 @@ def test_table_reads_the_stream_in_pieces_up_to_the_cap(corpus, monkeypatch):
     assert not np.array_equal(capped, full)
 
 
-def test_file_of_another_corpus_or_settings_is_refused(corpus, tmp_path):
+def test_file_of_another_corpus_or_settings_is_refused(corpus, tmp_path, prepare_documents):
     load(corpus, path=tmp_path / "table.npz")
     with pytest.raises(InputError, match="another corpus or other settings"):
         load(corpus, latent_dim=5, path=tmp_path / "table.npz")
-    build(tmp_path / "other", planted_documents(seed=1)[0])
+    other = prepare_documents(tmp_path / "other", planted_documents(seed=1)[0])
     with pytest.raises(InputError, match="another corpus or other settings"):
-        load(tmp_path / "other", path=tmp_path / "table.npz")
+        load(other, path=tmp_path / "table.npz")
 
 
 @pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[: len(data) // 2], lambda data: b"text" * 99])
@@ -167,7 +165,6 @@ def test_damaged_file_is_named(corpus, damage):
 def test_what_cannot_be_built_is_refused(corpus, tmp_path):
     with pytest.raises(ConfigError, match="as many dimensions as there are tokens"):
         load(corpus, latent_dim=259)
-    build(tmp_path / "short", ["a"])
     settings = TableSettings(4, 2, 259, "")
     with pytest.raises(InputError, match="no two tokens"):
         build_table([np.array([256, 256])], settings, eos_id=256)

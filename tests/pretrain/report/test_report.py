@@ -33,7 +33,8 @@ def runs(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture
 def run(runs, tmp_path) -> Path:
     """A copy of the joint run that a test may change."""
-    return Path(shutil.copytree(runs["ccdd"], tmp_path / "joint-small"))
+    ignore = shutil.ignore_patterns("*.html")
+    return Path(shutil.copytree(runs["ccdd"], tmp_path / "joint-small", ignore=ignore))
 
 
 def change(path: Path, **values) -> None:
@@ -152,7 +153,7 @@ def test_absent_part_is_said_to_be_absent(run, name, section, message):
 def test_without_evaluation_the_validation_loss_is_not_called_a_bound(run):
     (run / "evaluation.json").unlink()
     results = page_of(run)[1].sections["results"]
-    assert "The last validation during training, at step 1,600, gave" in results and "± 0.021" in results
+    assert "The last validation during training, at step 1,600, gave" in results and "±\u00a00.021" in results
     assert "it is not the run's result" in results and "upper bound" not in results.lower()
     (run / "metrics.jsonl").unlink()
     assert "The last validation" not in page_of(run)[1].sections["results"]
@@ -294,15 +295,15 @@ def test_runs_of_the_same_name_are_told_apart(run, runs):
 def test_long_runs_stay_small(run):
     rng = np.random.default_rng(1)
     with (run / "metrics.jsonl").open("w") as file:
-        for step in range(1, 30_001):
+        for step in range(1, 8_001):
             line = {"step": step, "split": "train", "tokens_seen": step * 10, "loss": 4 + rng.random(), "terms": {}}
-            line |= {"grad_norm": 400.0 if step == 15_000 else 1.0, "loss_by_time": [1.0] * 10, "seconds": step}
+            line |= {"grad_norm": 400.0 if step == 4_000 else 1.0, "loss_by_time": [1.0] * 10, "seconds": step}
             file.write(json.dumps(line) + "\n")
     text, page = page_of(run)
     paths = [a["d"] for tag, a in page.tags if tag == "path"]
     assert max(path.count("L") for path in paths) <= 320
     assert len(text) < 300_000
-    assert "Means over 94 lines; pale: the highest." in page.sections["speed"]
+    assert "Means over 25 lines; pale: the highest." in page.sections["speed"]
     assert "training data" in page.sections["time"]  # no validation line has buckets
 
 
@@ -313,7 +314,7 @@ def test_half_written_and_lost_lines(run):
     path.write_text("".join(lines) + '{"step": 1610, "split": "tr')
     loss = page_of(run)[1].sections["loss"]
     assert "The last line of metrics.jsonl is incomplete" in loss
-    assert "1 lines of metrics.jsonl have no finite loss" in loss
+    assert "without a finite loss: 1." in loss
     path.write_text("".join([*lines[:7], '{"step": 70, "spl\n', *lines[7:]]))
     with pytest.raises(InputError, match=r"metrics\.jsonl, line 8"):
         write_report(run)

@@ -37,6 +37,7 @@ NAN = float("nan")
         (significant(3e-5), "3.00e\u22125"),
         (significant(1.5e18, 4), "1.500e18"),
         (significant(0), "0"),
+        (significant(9.996), "10.0"),
         (count(950), "950"),
         (count(12345), "12,345"),
         (count(999_600), "1.00\u00a0M"),
@@ -72,7 +73,7 @@ def test_smoothing_is_a_running_mean_without_lag_at_the_beginning():
     line = np.arange(50.0)
     np.testing.assert_allclose(smoothed(line, 20)[:40], line[:40], rtol=1e-12)
     assert smoothed(line, 20)[-1] == line[-11:].mean()
-    np.testing.assert_array_equal(smoothed(values, 1), values)
+    np.testing.assert_allclose(smoothed(values, 1), values, atol=1e-12)
 
 
 def test_thinning_keeps_means_and_peaks():
@@ -93,8 +94,8 @@ def test_thinning_keeps_means_and_peaks():
     [
         (Axis(0.0, 10.0), ["0", "5", "10"]),
         (Axis(0.0, 13.1e6), ["0", "5M", "10M"]),
-        (Axis(0.0, 2500.0), ["0", "1,000", "2,000"]),
-        (Axis(4.9, 5.25), ["4.9", "5.0", "5.1", "5.2"]),
+        (Axis(0.0, 2500.0), ["0", "1k", "2k"]),
+        (Axis(4.9, 5.25), ["5.0", "5.2"]),
         (Axis(-1.0, 1.0), ["\u22121", "0", "1"]),
         (Axis(0.9, 120.0, log=True), ["1", "10", "100"]),
         (Axis(0.4, 3.0, log=True), ["0.5", "1", "2"]),

@@ -1,0 +1,123 @@
+"""Estimates and their standard errors; independence of batching and ranks; unigram entropy."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from braid.parallel.data_parallel import World
+from braid.pretrain.evaluation.bound import estimate, evaluate_rows, unigram_entropy
+
+from ..objectives.conftest import LENGTH, VOCAB, build
+
+
+class FixedRows:
+    """Random rows in memory, with what `evaluate_rows` asks of data_pipeline.packing.Rows."""
+
+    def __init__(self, num: int) -> None:
+        self.tokens = np.random.default_rng(0).integers(0, VOCAB - 1, (num, LENGTH))
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def __getitem__(self, index):
+        return self.tokens[index]
+
+    def read(self, indices):
+        return self.tokens[np.asarray(indices)]
+
+    def is_left_out(self, index):
+        return False
+
+    def num_bytes(self, index):
+        return 2.0 * LENGTH
+
+
+def figures(estimates):
+    return {e.name: (e.value, e.standard_error, e.bits_per_byte) for e in estimates}
+
+
+@pytest.mark.parametrize("name", ["ar", "mdlm", "ccdd"])
+def test_batch_size_does_not_change_the_numbers(name):
+    objective, rows = build(name), FixedRows(10)
+    common = dict(num_sequences=10, draws=2, seed=0, world=World.single("cpu"))
+    a = figures(evaluate_rows(objective, rows, micro_batch_size=10, **common))
+    b = figures(evaluate_rows(objective, rows, micro_batch_size=3, **common))
+    for key in a:
+        assert a[key] == pytest.approx(b[key], rel=1e-5), key
+
+
+def test_ranks_split_the_rows_and_sum():
+    """Two ranks' halves, added up as all_reduce_sum would, are the one-rank figures."""
+    objective, rows = build("mdlm"), FixedRows(10)
+    whole = figures(
+        evaluate_rows(objective, rows, num_sequences=10, draws=2, seed=0, micro_batch_size=3, world=World.single("cpu"))
+    )
+    collected: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+
+    class Half:
+        size = 2
+
+        def __init__(self, rank):
+            self.rank = rank
+
+        def all_reduce_sum(self, tensor):
+            collected[self.rank].append(tensor)
+            if self.rank == 1:
+                tensor += collected[0][len(collected[1]) - 1]
+            return tensor
+
+    common = dict(num_sequences=10, draws=2, seed=0, micro_batch_size=3)
+    evaluate_rows(objective, rows, world=Half(0), **common)
+    both = figures(evaluate_rows(objective, rows, world=Half(1), **common))
+    for key in whole:
+        assert whole[key] == pytest.approx(both[key], rel=1e-6)
+
+
+def test_the_standard_error_is_that_of_repeated_evaluations():
+    """Spread of the estimate over many seeds on fresh rows against the standard error it reports."""
+    objective = build("mdlm")
+    values, errors = [], []
+    for seed in range(60):
+        rows = FixedRows(16)
+        rows.tokens = np.random.default_rng(seed).integers(0, VOCAB - 1, (16, LENGTH))
+        first = evaluate_rows(
+            objective, rows, num_sequences=16, draws=1, seed=seed, micro_batch_size=16, world=World.single("cpu")
+        )[0]
+        values.append(first.value)
+        errors.append(first.standard_error)
+    assert np.std(values) == pytest.approx(np.mean(errors), rel=0.35)
+
+
+def test_ratio_estimator():
+    """Rows of unequal length: value is the ratio of sums, its error the delta method's; checked by the bootstrap."""
+    generator = np.random.default_rng(1)
+    tokens = generator.integers(5, 20, 400).astype(float)
+    nats = 2.0 * tokens + generator.normal(size=400) * tokens
+    result = estimate(nats, tokens, 3 * tokens.sum(), name="x", label="x", is_bound=True, note="")
+    assert result.value == pytest.approx(nats.sum() / tokens.sum())
+    assert result.bits_per_byte == pytest.approx(result.value / (3 * math.log(2)))
+    assert result.perplexity == pytest.approx(math.exp(result.value))
+    picks = generator.integers(0, 400, (2000, 400))
+    bootstrap = (nats[picks].sum(1) / tokens[picks].sum(1)).std()
+    assert result.standard_error == pytest.approx(bootstrap, rel=0.1)
+    single = estimate(nats[:1], tokens[:1], 1.0, name="x", label="x", is_bound=True, note="")
+    assert math.isnan(single.standard_error)
+
+
+def test_unigram_entropy_is_the_entropy_of_the_counts():
+    rows = FixedRows(30)
+    result = unigram_entropy(rows, 30, VOCAB)
+    counts = np.bincount(rows.tokens.ravel(), minlength=VOCAB)
+    p = counts[counts > 0] / counts.sum()
+    assert result.value == pytest.approx(-(p * np.log(p)).sum(), rel=1e-12)
+    assert not result.is_bound
+
+
+def test_evaluation_leaves_the_training_mode_as_it_was():
+    objective = build("mdlm")
+    objective.train()
+    rows = FixedRows(4)
+    evaluate_rows(objective, rows, num_sequences=4, draws=1, seed=0, micro_batch_size=4, world=World.single("cpu"))
+    assert objective.training

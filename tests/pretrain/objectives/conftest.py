@@ -1,0 +1,55 @@
+"""A small random network and batch for every objective. Nothing starts at zero: zero gates and heads hide errors."""
+
+import pytest
+import torch
+
+from braid.data_pipeline.loader import Batch
+from braid.kernels.random import fold_key, initial_normal
+from braid.pretrain.config.schema import ARConfig, CCDDConfig, EncoderConfig, MDLMConfig, ModelConfig
+from braid.pretrain.diffusion.times import training_strata
+from braid.pretrain.model.backbone import Backbone
+from braid.pretrain.model.encoders import TableEncoder
+from braid.pretrain.objectives.ar import AR
+from braid.pretrain.objectives.base import Noise
+from braid.pretrain.objectives.ccdd import CCDD
+from braid.pretrain.objectives.mdlm import MDLM
+
+VOCAB, MASK, BOS, LENGTH, LATENT_DIM = 17, 16, 15, 12, 4
+MODEL = ModelConfig(width=32, num_layers=2, num_heads=2, cond_dim=16)
+
+
+def build(name: str, *, randomise: bool = True, model: ModelConfig = MODEL, **options):
+    """An objective over 16 tokens and a mask, with random non-zero weights everywhere."""
+    ids = {"mask_id": MASK, "bos_id": BOS}
+    latent_dim = LATENT_DIM if name == "ccdd" else 0
+    network = Backbone(
+        model, vocab_size=VOCAB, causal=name == "ar", time_conditioned=name == "ccdd", latent_dim=latent_dim, seed=3
+    )
+    if randomise:
+        with torch.no_grad():
+            for key, parameter in network.named_parameters():
+                parameter.add_(0.2 * initial_normal(5, key, tuple(parameter.shape)))
+    if name == "ar":
+        return AR(ARConfig(**options), network, **ids)
+    if name == "mdlm":
+        return MDLM(MDLMConfig(**options), network, **ids)
+    table = initial_normal(11, "table", (VOCAB, LATENT_DIM))
+    encoder = TableEncoder(table, mask_id=MASK, variance_floor=1e-6)
+    return CCDD(CCDDConfig(encoder=EncoderConfig(latent_dim=LATENT_DIM), **options), network, encoder, **ids)
+
+
+def batch_and_noise(num: int = 8, length: int = LENGTH, *, first: int = 0, purpose: str = "train", padding: int = 0):
+    """`num` random sequences, the global batch that starts at `first`; the last `padding` positions do not count."""
+    generator = torch.Generator().manual_seed(first)
+    tokens = torch.randint(0, VOCAB - 1, (num, length), generator=generator)
+    loss_mask = torch.ones(num, length, dtype=torch.bool)
+    if padding:
+        loss_mask[:, -padding:] = False
+    ordinals = torch.arange(first, first + num)
+    key = fold_key(1, purpose)
+    return Batch(tokens, loss_mask, ordinals), Noise(key, ordinals, training_strata(key, first, num, ordinals))
+
+
+@pytest.fixture(params=["ar", "mdlm", "ccdd"])
+def objective(request):
+    return build(request.param)

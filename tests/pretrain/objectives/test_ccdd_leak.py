@@ -1,0 +1,97 @@
+"""The leak test: what the network sees at p_r = 1 must not depend on the identity of masked tokens."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from braid.data_pipeline.loader import Batch
+
+from .conftest import VOCAB, batch_and_noise, build
+
+
+@pytest.fixture
+def ccdd():
+    return build("ccdd", full_visibility_probability=1.0, latent_dropout=0.0)
+
+
+def test_masked_tokens_do_not_reach_the_latents(ccdd):
+    """Change every masked token, keep all randomness: the network's whole input stays bit for bit."""
+    batch, noise = batch_and_noise(32)
+    corrupted = ccdd.corrupt(batch, noise)
+    changed = torch.where(corrupted.masked, (batch.tokens + 1) % (VOCAB - 1), batch.tokens)
+    assert not torch.equal(changed, batch.tokens)
+    other = ccdd.corrupt(Batch(changed, batch.loss_mask, batch.ordinals), noise)
+    assert torch.equal(corrupted.masked, other.masked)
+    assert torch.equal(corrupted.tokens, other.tokens)
+    assert torch.equal(corrupted.latents, other.latents)
+    assert torch.equal(ccdd.predict(corrupted).logits, ccdd.predict(other).logits)
+
+
+def test_the_bound_sees_no_masked_token_either(ccdd):
+    """The same through `evaluate`: record what the network is given while the token bound is computed."""
+    batch, noise = batch_and_noise(8, purpose="validation")
+    seen = []
+    forward = ccdd.network.forward
+    ccdd.network.forward = lambda tokens, times, latents, dropout=None: (
+        seen.append((tokens, latents)), forward(tokens, times, latents, dropout))[1]  # fmt: skip
+    ccdd._token_bound(batch, noise)
+    masked = seen[0][0] != batch.tokens
+    changed = torch.where(masked, (batch.tokens + 3) % (VOCAB - 1), batch.tokens)
+    ccdd._token_bound(Batch(changed, batch.loss_mask, batch.ordinals), noise)
+    assert torch.equal(seen[0][0], seen[1][0]) and torch.equal(seen[0][1], seen[1][1])
+
+
+def test_clean_latents_would_leak():
+    """Guards the tests above: at p_r = 0 the encoder sees everything and the latents do change."""
+    ccdd = build("ccdd", full_visibility_probability=0.0, latent_dropout=0.0)
+    batch, noise = batch_and_noise(32)
+    corrupted = ccdd._corrupt(batch, noise, torch.full((32,), 0.5, dtype=torch.float64), torch.zeros(32))
+    changed = torch.where(corrupted.masked, (batch.tokens + 1) % (VOCAB - 1), batch.tokens)
+    other = ccdd._corrupt(
+        Batch(changed, batch.loss_mask, batch.ordinals),
+        noise,
+        torch.full((32,), 0.5, dtype=torch.float64),
+        torch.zeros(32),
+    )
+    assert not torch.equal(corrupted.latents, other.latents)
+
+
+def test_p_r_is_drawn_per_sequence():
+    """Half the sequences see visible tokens only; in the others a share of the masked tokens is shown."""
+    ccdd = build("ccdd", latent_dropout=0.0)
+    batch, noise = batch_and_noise(4000)
+    ccdd.schedule = replace(ccdd.schedule, name="flow_linear")
+    hidden_shares = []
+    encode = ccdd.encoder.encode
+    calls = []
+    ccdd.encoder.encode = lambda tokens, hidden: (calls.append(hidden), encode(tokens, hidden))[1]
+    corrupted = ccdd.corrupt(batch, noise)
+    hidden = calls[0]
+    assert not (hidden & ~corrupted.masked).any()
+    many = corrupted.masked.sum(1) >= 8
+    hidden_shares = (hidden.sum(1) / corrupted.masked.sum(1).clamp(min=1))[many]
+    full = float((hidden_shares == 1).double().mean())
+    assert 0.5 <= full < 0.62  # half by the coin, a few more where p_r is near 1
+    assert abs(float(hidden_shares[hidden_shares < 1].mean()) - 0.45) < 0.05
+
+
+def test_latent_dropout_hides_the_latents_and_drops_their_loss():
+    ccdd = build("ccdd", latent_dropout=0.3)
+    batch, noise = batch_and_noise(2000)
+    corrupted = ccdd.corrupt(batch, noise)
+    dropped = corrupted.latent_weight == 0
+    assert abs(float(dropped.double().mean()) - 0.3) < 0.05
+    assert torch.all(corrupted.latents[dropped] == 0) and not torch.any(
+        (corrupted.latents[~dropped] == 0).all(-1).all(-1)
+    )
+    only = Batch(batch.tokens[dropped], batch.loss_mask[dropped], batch.ordinals[dropped])
+    some = ccdd.corrupt(only, replace(noise, ordinals=noise.ordinals[dropped], strata=noise.strata[dropped]))
+    assert float(ccdd.loss(ccdd.predict(some), some).terms["latent_loss"]) == 0
+
+
+def test_a_leaky_encoder_is_never_called_a_bound():
+    ccdd = build("ccdd", leaky_encoder=True)
+    figure = next(figure for figure in ccdd.figures if figure.name == "token_bound")
+    assert not figure.is_bound and "NOT a bound" in figure.note
+    assert build("ccdd").figures[0].is_bound

@@ -1,0 +1,156 @@
+"""Samplers against exact laws, call counters, prompts that stay, and draws that do not depend on batching."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from braid.kernels.errors import InputError
+from braid.pretrain.config.schema import SamplingConfig
+from braid.pretrain.sampling.prompts import Prompt, no_prompt
+from braid.pretrain.sampling.sampler import draw_samples, nucleus, sample_entropy
+
+from ..objectives.conftest import BOS, MASK, VOCAB, build
+from ..objectives.test_likelihoods import Oracle, toy_law
+
+STEPS = SamplingConfig(steps=6)
+
+
+@pytest.mark.parametrize("name", ["ar", "mdlm", "ccdd"])
+def test_every_position_is_a_clean_token(name):
+    samples = draw_samples(build(name), STEPS, no_prompt(5, 10), key=1)
+    assert samples.tokens.shape == (5, 10)
+    assert not (samples.tokens == MASK).any()
+
+
+@pytest.mark.parametrize(
+    "name, settings, calls",
+    [
+        ("mdlm", SamplingConfig(steps=6), 6),
+        ("ccdd", SamplingConfig(steps=6), 6),
+        ("ccdd", SamplingConfig(steps=6, guidance=1.5), 12),
+        ("ar", SamplingConfig(steps=6), 10),
+    ],
+)
+def test_network_calls_are_counted(name, settings, calls):
+    objective = build(name)
+    made = []
+    objective.network.register_forward_hook(lambda *_: made.append(1))
+    samples = draw_samples(objective, settings, no_prompt(3, 10), key=1)
+    assert samples.network_calls == len(made) == calls
+
+
+def test_guidance_of_one_is_no_guidance():
+    """w logits + (1 - w) logits(z = 0) at w = 1; and w = 0 really ignores the latents."""
+    objective = build("ccdd")
+    plain = draw_samples(objective, STEPS, no_prompt(4, 10), key=1).tokens
+    nearly = draw_samples(objective, SamplingConfig(steps=6, guidance=1.0 + 1e-9), no_prompt(4, 10), key=1).tokens
+    ignored = draw_samples(objective, SamplingConfig(steps=6, guidance=0.0), no_prompt(4, 10), key=1).tokens
+    assert torch.equal(plain, nearly)
+    assert not torch.equal(plain, ignored)
+
+
+@pytest.mark.parametrize("name", ["ar", "mdlm", "ccdd"])
+def test_a_sample_does_not_depend_on_its_batch(name):
+    objective = build(name)
+    together = draw_samples(objective, STEPS, no_prompt(6, 10), key=1).tokens
+    alone = draw_samples(objective, STEPS, no_prompt(2, 10), key=1, first_ordinal=4).tokens
+    assert torch.equal(together[4:], alone)
+    assert not torch.equal(together, draw_samples(objective, STEPS, no_prompt(6, 10), key=2).tokens)
+
+
+@pytest.mark.parametrize("name", ["mdlm", "ccdd"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_known_tokens_stay(name, sampler):
+    prompt = no_prompt(3, 10)
+    prompt.tokens[:, 2:5], prompt.known[:, 2:5] = torch.tensor([1, 2, 3]), True
+    settings = SamplingConfig(steps=6, continuous_sampler=sampler)
+    samples = draw_samples(build(name), settings, prompt, key=1, record=True)
+    assert torch.equal(samples.tokens[:, 2:5], prompt.tokens[:, 2:5])
+    assert all(frame["tokens"][2:5] == [1, 2, 3] for frame in samples.frames)
+    assert len(samples.frames) == 6 and samples.frames[-1]["time"] == 0
+
+
+def test_the_prompt_steers_the_latents():
+    """Known positions carry what the encoder says of them, at every step: another prompt, other latents elsewhere."""
+    objective = build("ccdd")
+    seen = []
+    objective.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2].clone()))
+    prompt = no_prompt(1, 10)
+    prompt.tokens[:, 0], prompt.known[:, 0] = 4, True
+    draw_samples(objective, STEPS, prompt, key=1)
+    clean = objective.encoder.encode(torch.tensor([[4]]), torch.tensor([[False]]))[0, 0]
+    eps = seen[0][0, 0]
+    for step, latents in enumerate(seen):
+        t = torch.tensor(1 - step / 6, dtype=torch.float64)
+        expected = objective.schedule.alpha(t).float() * clean + objective.schedule.sigma(t).float() * eps
+        assert torch.allclose(latents[0, 0], expected, atol=1e-5)
+
+
+def test_ar_continues_a_prefix_and_refuses_to_infill():
+    objective = build("ar")
+    prompt = no_prompt(2, 8)
+    prompt.tokens[:, :3], prompt.known[:, :3] = torch.tensor([BOS, 1, 2]), True
+    samples = draw_samples(objective, STEPS, prompt, key=1)
+    assert torch.equal(samples.tokens[:, :3], prompt.tokens[:, :3]) and samples.network_calls == 5
+    gap = Prompt(prompt.tokens, prompt.known.roll(2, 1))
+    with pytest.raises(InputError, match="infill"):
+        draw_samples(objective, STEPS, gap, key=1)
+
+
+def frequencies(tokens: torch.Tensor, sequences: torch.Tensor) -> torch.Tensor:
+    index = {tuple(row): i for i, row in enumerate(sequences.tolist())}
+    counts = torch.zeros(len(sequences), dtype=torch.float64)
+    for row in tokens.tolist():
+        counts[index[tuple(row)]] += 1
+    return counts / counts.sum()
+
+
+def test_one_token_a_step_samples_the_exact_law():
+    """With the Bayes denoiser and many steps, masked sampling draws from the law itself; with one step from the
+    product of its marginals. Both by chi-square."""
+    sequences, law = toy_law(length=2, vocabulary=3, seed=4)
+    objective = build("mdlm")
+    objective.network = Oracle(sequences, law)
+    num = 3000
+
+    def chi_square(steps, expected):
+        tokens = draw_samples(objective, SamplingConfig(steps=steps), no_prompt(num, 2), key=3).tokens
+        observed = frequencies(tokens, sequences)
+        return float((num * (observed - expected) ** 2 / expected).sum())
+
+    joint = law.view(3, 3)
+    product = (joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)).view(-1)
+    limit = 8 + 5 * math.sqrt(2 * 8)  # mean and five standard deviations of chi-square with 8 degrees of freedom
+    assert chi_square(1, product) < limit
+    assert chi_square(1, law) > limit  # the test tells them apart
+    assert chi_square(48, law) < limit + num * 0.0005
+
+
+def test_temperature_and_nucleus():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    kept = lambda p: torch.isfinite(nucleus(logits, p)).tolist()[0]  # noqa: E731
+    assert kept(0.4) == [True, False, False, False]
+    assert kept(0.6) == [True, True, False, False]
+    assert kept(0.97) == [True, True, True, True]
+    shuffled = logits[:, [2, 0, 3, 1]]
+    assert torch.isfinite(nucleus(shuffled, 0.6)).tolist()[0] == [False, True, False, True]
+    objective = build("mdlm")
+    cold = SamplingConfig(steps=6, temperature=1e-4)
+    greedy = SamplingConfig(steps=6, top_p=1e-9)
+    a, b = (draw_samples(objective, settings, no_prompt(4, 10), key=1).tokens for settings in (cold, greedy))
+    assert torch.equal(a, b)
+
+
+def test_sample_entropy():
+    rows = torch.tensor([[1, 1, 1, 1], [0, 1, 2, 3], [0, 0, 1, 1]])
+    assert sample_entropy(rows) == pytest.approx([0.0, math.log(4), math.log(2)])
+
+
+def test_trajectory_only_reveals():
+    samples = draw_samples(build("mdlm"), STEPS, no_prompt(2, 10), key=1, record=True)
+    for before, after in itertools.pairwise(samples.frames):
+        for old, new in zip(before["tokens"], after["tokens"], strict=True):
+            assert old in (MASK, new)
+    assert max(samples.frames[-1]["tokens"]) < VOCAB - 1

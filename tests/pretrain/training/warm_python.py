@@ -1,0 +1,75 @@
+"""A Python that has imported torch and Braid's trainer and forks: `python -m MODULE ...` without the seconds of importing.
+
+    python warm_python.py MODULE ...         imports the modules named, then reads requests from its standard input
+
+A request is a line of JSON: `argv` (what would stand after `python`: `-m MODULE WORDS` or `SCRIPT WORDS`), `cwd`, `env`
+(the whole environment), `stdout` and `stderr` (files). The child it forks runs that as `__main__` and ends as Python
+ends: a process like any other, with its own process id, signals, locks and exit code. Answers are lines too: `[pid]`
+for each request, and `[pid, exit code]` when that child is gone (minus the signal for one that was killed).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import runpy
+import select
+import sys
+
+
+def serve() -> None:
+    """Fork for each request until standard input ends. Returns in the children alone, with their request."""
+    running: dict[int, int] = {}  # pidfd -> pid
+    requests = sys.stdin.fileno()
+    buffered = b""
+    while True:
+        readable, _, _ = select.select([requests, *running], [], [])
+        for pidfd in set(readable) - {requests}:
+            pid = running.pop(pidfd)
+            os.close(pidfd)
+            print(json.dumps([pid, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])]), flush=True)
+        if requests not in readable:
+            continue
+        received = os.read(requests, 1 << 20)
+        if not received:
+            sys.exit()
+        *lines, buffered = (buffered + received).split(b"\n")
+        for line in lines:
+            pid = os.fork()
+            if pid == 0:
+                become(json.loads(line), running)
+                return
+            running[os.pidfd_open(pid)] = pid
+            print(json.dumps([pid]), flush=True)
+
+
+def become(request: dict, inherited: dict[int, int]) -> None:
+    """Make this child the process that was asked for: environment, directory, streams, arguments."""
+    os.setpgid(0, 0)  # a Ctrl-C at the test runner's terminal is not one at this process's
+    for pidfd in inherited:
+        os.close(pidfd)
+    os.environ.clear()
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+    opened = [
+        os.open(os.devnull, os.O_RDONLY),
+        os.open(request["stdout"], os.O_WRONLY | os.O_CREAT | os.O_APPEND),
+        os.open(request["stderr"], os.O_WRONLY | os.O_CREAT | os.O_APPEND),
+    ]
+    for stream, file in enumerate(opened):
+        os.dup2(file, stream)
+        os.close(file)
+    sys.argv = request["argv"]
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
+    assert len(os.listdir("/proc/self/task")) == 1, "a fork would lose the other threads"
+    serve()
+    if sys.argv[0] == "-m":
+        del sys.argv[0]
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(sys.argv[0], run_name="__main__")
