@@ -160,8 +160,8 @@ def format_table(result: dict[str, Any]) -> str:
     """The result for people: every figure with what it is and the conventions it depends on."""
     lines = [
         f"{result['objective']}, step {result['checkpoint_step']}, {result['weights']} weights; "
-        f"{result['split']} split: {result['num_sequences']} rows of {result['sequence_length']} tokens ({result['packing']}), "
-        f"{result['draws']} draws, {result['dtype']}"
+        f"{result['split']} split: {result['num_sequences']} rows of {result['sequence_length']} tokens "
+        f"({result['packing']}), {result['draws']} draws, {result['dtype']}"
     ]
     for figure in [*result["figures"], *([result["unigram_entropy"]] if "unigram_entropy" in result else [])]:
         error = figure["standard_error"]

@@ -167,8 +167,8 @@ class Trainer:
         sums = torch.zeros(2 * NUM_TIME_BUCKETS + 1, dtype=torch.float64, device=self.device)
         terms: dict[str, torch.Tensor] = {}
         for batch in micro_batches:
-            batch = batch.to(self.device)
             strata = training_strata(self.noise_key, first_ordinal, config.global_batch_size, batch.ordinals)
+            batch, strata = batch.to(self.device), strata.to(self.device)
             corrupted = self.objective.corrupt(batch, Noise(self.noise_key, batch.ordinals, strata))
             with autocast(self.config.run.precision, self.device):
                 prediction = self.objective.predict(corrupted)
