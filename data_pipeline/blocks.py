@@ -33,7 +33,6 @@ class Mark(NamedTuple):
     skip: int = 0
     documents: int = 0
     num_bytes: int = 0
-    open_tokens: int = 0  # tokens of the document that the piece continues
 
 
 class BlockWriter:
@@ -67,7 +66,7 @@ class BlockWriter:
         self._ends: list[int] = []
         self.resume_at = self._row_mark = _mark(records[-1]["next"]) if records else Mark()
         self._skip = self.resume_at.skip
-        self._open_tokens = self.resume_at.open_tokens
+        self._in_document = False  # has the document that goes on had any token yet?
         self.documents, self.num_bytes = self.resume_at.documents, self.resume_at.num_bytes
         self.num_tokens = sum(tokens for tokens, _ in self._rows)
 
@@ -77,7 +76,7 @@ class BlockWriter:
 
     def add(self, piece: Piece, ids: np.ndarray) -> None:
         """Append a piece and its token ids; pieces before `resume_at` must be left out, in it tokens are skipped."""
-        before = Mark(piece[:3], 0, self.documents, self.num_bytes, self._open_tokens)
+        before = Mark(piece[:3], 0, self.documents, self.num_bytes)
         start, self._skip = self._skip, 0
         while start < len(ids):
             if self._filled == len(self._block):  # only now: an end may still fall on the last offset of the row
@@ -89,18 +88,17 @@ class BlockWriter:
             self.num_tokens += len(taken)
             start += len(taken)
         self.num_bytes += piece.num_bytes
-        self._open_tokens += len(ids)
-        if piece.last:
-            if self._open_tokens:  # a document of no tokens at all leaves no trace
-                self.documents += 1
-                self._ends.append(self._filled)
-            self._open_tokens = 0
+        self._in_document |= len(ids) > 0  # at `resume_at` as well: a mark stands before a token of its piece
+        if piece.last and self._in_document:  # a document of no tokens at all leaves no trace
+            self.documents += 1
+            self._ends.append(self._filled)
+            self._in_document = False
 
     def finish(self) -> None:
         """Write what is left, then the index and the table of rows."""
         if self._filled:
             self._write_row()
-        self._row_mark = Mark(AFTER_ALL, 0, self.documents, self.num_bytes, 0)
+        self._row_mark = Mark(AFTER_ALL, 0, self.documents, self.num_bytes)
         self._record_shard(self._writer.finish, following_rows=0)
         write_index(self._folder, self._shards)
         write_rows_file(self._folder, np.array(self._rows, np.int64).reshape(-1, 2))

@@ -30,7 +30,7 @@ from braid.data_pipeline.tokenizers import Tokenizer, check_bpe_size, load_token
 from braid.kernels.errors import InputError
 
 SHARD_BYTES = 64 << 20
-EMBEDDED_VOCAB_SIZE = 2048
+EMBEDDED_VOCAB_SIZE = 512
 SAMPLE_BYTES = 64 << 20
 """Most text a tokenizer is trained on; ten seconds of training."""
 SPLITS = ("train", "validation")

@@ -17,6 +17,8 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 # Children must not find `kernels`, `launch`, ... in the working directory (tests/test_house.py says what that breaks).
 os.environ["PYTHONSAFEPATH"] = "1"
+# Some virtual machines advertise AMX and kill the process that uses it (bf16). oneDNN reads this when it is first used.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
 
 @pytest.fixture(scope="session")

@@ -29,17 +29,27 @@ TOKENIZER_FOLDER = "tokenizer"
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Tensors by group (weights, ema, optimizer, encoder), JSON state, and files (configuration, tokenizer)."""
+    """Tensors by group (weights, ema, optimizer, encoder) and JSON state."""
 
     groups: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
-    files: dict[str, bytes]
 
     @staticmethod
     def load(store: CheckpointStore, path: Path) -> Snapshot:
-        """Read and verify a committed checkpoint (the files stay on disk: `path`)."""
+        """Read and verify a committed checkpoint."""
         checkpoint = store.load(path)
-        return Snapshot(checkpoint.groups, checkpoint.state, {})
+        return Snapshot(checkpoint.groups, checkpoint.state)
+
+
+def checkpoint_files(config: Config, tokenizer: Tokenizer) -> dict[str, bytes]:
+    """What lies beside the tensors: the resolved configuration and the tokenizer. Made once, when a run starts: a save
+    must not fail for want of a temporary folder."""
+    files = {"config.yaml": dump_config(config).encode()}
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(Path(folder))
+        for file in sorted(Path(folder).iterdir()):
+            files[f"{TOKENIZER_FOLDER}/{file.name}"] = file.read_bytes()
+    return files
 
 
 def take(
@@ -70,12 +80,7 @@ def take(
         "noise_contract": CONTRACT_VERSION,
         "versions": {"braid": version("braid-lm"), "torch": torch.__version__},
     }
-    files = {"config.yaml": dump_config(config).encode()}
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(Path(folder))
-        for file in sorted(Path(folder).iterdir()):
-            files[f"{TOKENIZER_FOLDER}/{file.name}"] = file.read_bytes()
-    return Snapshot(groups, {**identity, **state}, files)
+    return Snapshot(groups, {**identity, **state})
 
 
 def restore(

@@ -102,8 +102,8 @@ class EncoderConfig:
     """`table` (built from the training corpus: PPMI and truncated SVD), `random` (control: a fixed Gaussian table) or
     `huggingface` (a frozen pretrained encoder that shares the corpus's tokenizer)."""
     path: str = ""
-    """For `huggingface`: local folder or hub name. For `table`: the table's file; empty means `encoder_table.npz` in
-    the data folder, built on first use."""
+    """For `huggingface`: local folder or hub name. For `table`: the table's file; empty means one in the data folder,
+    named by its settings and built on first use."""
     latent_dim: int = 32
     """Dimensions kept of each representation (the first ones)."""
     layer: int = -1

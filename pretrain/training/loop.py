@@ -20,11 +20,11 @@ from braid.data_pipeline.corpus import TokenCorpus
 from braid.data_pipeline.loader import Batch, Loader
 from braid.data_pipeline.order import ShuffledOrder
 from braid.data_pipeline.packing import Rows
-from braid.kernels.errors import Preempted, TrainingFailed
+from braid.kernels.errors import CheckpointError, Preempted, TrainingFailed
 from braid.kernels.random import fold_key
 from braid.parallel.data_parallel import World, reduce_gradients
 from braid.pretrain.checkpoint.files import write_atomically
-from braid.pretrain.checkpoint.snapshot import Snapshot, restore, take
+from braid.pretrain.checkpoint.snapshot import Snapshot, checkpoint_files, restore, take
 from braid.pretrain.checkpoint.store import CheckpointStore, SaveFailed
 from braid.pretrain.config.load import dump_config
 from braid.pretrain.config.schema import Config
@@ -101,6 +101,7 @@ class Trainer:
         self.step = 0
         self.interval = Interval()
         self.failed_saves, self.saved_step = 0, -1
+        self.checkpoint_files = checkpoint_files(config, self.tokenizer)
         state = self._resume()
         if world.rank == 0:  # not before the checkpoint was found to fit: the file describes what is there
             write_atomically(self.run_dir / "config.yaml", dump_config(config).encode())
@@ -125,6 +126,8 @@ class Trainer:
         self.say(f"{config.objective.name}: {parameter_counts(self.objective.network)['total']:,} parameters, "
                  f"{len(self.loader.rows):,} training rows of {config.data.sequence_length} tokens, "
                  f"{config.training.steps:,} steps on {self.world.size} x {self.device.type}")  # fmt: skip
+        if self.step >= config.training.steps:
+            self.say(f"nothing is left to do: step {self.step} of {config.training.steps} is saved already")
         with StopRequest() as stop:
             self.objective.train()
             batches = iter(self.loader)
@@ -285,9 +288,11 @@ class Trainer:
             with self._averaged(), autocast(self.config.run.precision, self.device):
                 samples = draw_samples(self.objective, self.config.sampling, prompt, key=self.config.run.seed)
             path = self.run_dir / "samples" / f"step-{self.step:08d}.jsonl"
-            write_samples(
-                path, samples, self.tokenizer, self.config.sampling, step=self.step, seed=self.config.run.seed
-            )
+            settings, seed = self.config.sampling, self.config.run.seed
+            try:
+                write_samples(path, samples, self.tokenizer, settings, step=self.step, seed=seed)
+            except OSError as error:
+                self.say(f"warning: {path} could not be written, training goes on: {error}")
         self.world.barrier()
 
     def _averaged(self):
@@ -325,7 +330,7 @@ class Trainer:
             }
             snapshot = take(self.config, self.step, self.objective, self.optimizer, self.ema, state, self.tokenizer)
             try:
-                self.store.save(self.step, snapshot.groups, snapshot.state, snapshot.files)
+                self.store.save(self.step, snapshot.groups, snapshot.state, self.checkpoint_files)
             except SaveFailed as error:
                 problem = str(error)
         problem = self.world.broadcast_object(problem)
@@ -333,17 +338,30 @@ class Trainer:
             self.failed_saves, self.saved_step = 0, self.step
             return
         self.failed_saves += 1
-        self.say(f"warning: the checkpoint of step {self.step} could not be saved; training goes on\n{problem}")
         if last or self.failed_saves >= MAX_FAILED_SAVES:
             raise TrainingFailed(
                 f"no checkpoint could be saved at step {self.step} ({self.failed_saves} in a row)",
                 found=problem,
                 change="free space or choose another run.dir; the last valid checkpoint is intact, resume from it",
             )
+        self.say(f"warning: the checkpoint of step {self.step} could not be saved; training goes on\n{problem}")
 
     def _resume(self) -> dict[str, Any]:
-        """Continue from the newest valid checkpoint, if there is one. Returns its state, or {}."""
-        found = self.store.latest_valid(report=self.say) if self.config.checkpoint.resume == "auto" else None
+        """Continue from the newest valid checkpoint, if there is one. Returns its state, or {}.
+
+        Rank 0 chooses, so that all ranks continue from the same one. Checkpoints of which none is valid are an error:
+        a run that silently began again would overwrite what is left of the first one.
+        """
+        found, steps = None, []
+        if self.config.checkpoint.resume == "auto" and self.world.rank == 0:
+            found, steps = self.store.latest_valid(report=self.say), self.store.steps()
+        found, steps = self.world.broadcast_object((found, steps))
+        if found is None and steps:
+            raise CheckpointError(
+                f"none of the checkpoints in {self.store.folder} is valid",
+                found=f"steps {', '.join(map(str, steps))}; what is wrong with each is said above",
+                change=f"put a good copy back; to begin again, move {self.run_dir} away or choose another run.dir",
+            )
         if found is None:
             return {}
         self.step, path = found

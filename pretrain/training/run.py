@@ -14,6 +14,7 @@ from braid.pretrain.checkpoint.store import CheckpointStore
 from braid.pretrain.config.load import load_config
 from braid.pretrain.config.schema import Config
 from braid.pretrain.config.validate import validate
+from braid.pretrain.exits import INTERRUPTED
 
 from .loop import Trainer
 from .outcome import clear_outcome, write_outcome
@@ -60,6 +61,9 @@ def _outcome(config: Config, world: World) -> Iterator[_Ending]:
         status, code = "done", 0
     except BraidError as error:
         status, code, message = STATUS[error.exit_code], error.exit_code, str(error)
+        raise
+    except KeyboardInterrupt:
+        code, message = INTERRUPTED, "interrupted"
         raise
     except BaseException as error:
         message = f"{type(error).__name__}: {error}"

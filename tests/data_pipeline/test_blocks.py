@@ -99,7 +99,7 @@ def test_journal_survives_a_line_that_was_cut_off(tmp_path):
             (tmp_path / "train").mkdir(exist_ok=True)
             (tmp_path / "train" / f"shard.{number}").write_bytes(b"1234")
             shard = {"raw_data": {"basename": f"shard.{number}", "bytes": 4}}
-            journal.append({"split": "train", "shard": shard, "rows": [], "next": [[0, 0, 0], 0, 0, 0, 0]})
+            journal.append({"split": "train", "shard": shard, "rows": [], "next": [[0, 0, 0], 0, 0, 0]})
     whole = (tmp_path / JOURNAL_FILE).read_bytes()
     last = whole.rstrip(b"\n").rfind(b"\n") + 1
     for length in range(last, len(whole) + 1):

@@ -1,0 +1,122 @@
+"""Killed at any moment, inside a save too, and started again: in the end the run is the one nobody disturbed."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from training_runs import (
+    Process,
+    Trainers,
+    assert_outcome,
+    assert_refused,
+    assert_same_run,
+    checkpoints,
+    has_lines,
+    last_checkpoint,
+    recorded,
+    steps_of,
+)
+
+from braid.pretrain.checkpoint.faults import PHASES
+from braid.pretrain.checkpoint.store import CheckpointStore
+from braid.pretrain.training.outcome import read_outcome
+
+OFTEN = {"checkpoint__every": 3, "training__validate_every": 10}
+
+
+def step_reached(record: Path) -> int:
+    """The last step that a recorded run has begun."""
+    lines = record.read_bytes().rpartition(b"\n")[0].split(b"\n") if record.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def samples_by_step(run_dir: Path) -> dict[int, set[tuple[str, str]]]:
+    """(ordinal, hash of tokens, times, masks and noise) of every sample each step ever saw, repetitions included."""
+    samples: dict[int, set[tuple[str, str]]] = {}
+    for line in recorded(run_dir):
+        samples.setdefault(line["step"], set()).update(line["samples"].items())
+    return samples
+
+
+def kill_at_random(process: Process, record: Path, steps: int, draw: random.Random) -> None:
+    """SIGKILL up to `steps` steps after where it is now, and a moment later: in a step, a save, a validation."""
+    target = step_reached(record) + draw.randint(1, steps)
+    process.wait_until(lambda: step_reached(record) >= target)
+    time.sleep(draw.uniform(0, 0.03))
+    process.signal(signal.SIGKILL)
+
+
+def train_under_fire(trainers: Trainers, recipe: str, run: str, *, kills: int, steps: int, seed: int) -> None:
+    """Train `steps` steps through `kills` kills, every other one at a phase of a save."""
+    draw, folder = random.Random(seed), trainers.folder / run
+    phases = draw.sample(PHASES, len(PHASES))
+    options = {"training__steps": steps, "recorded": True, **OFTEN}
+    saved = 0
+    for number in range(kills):
+        phase = phases[number // 2 % len(phases)] if number % 2 else None
+        env = {"BRAID_FAULT": f"save:{phase}:kill@{3 if phase == 'during_purge' else 1}"} if phase else None
+        process = trainers.start(recipe, run, env=env, **options)
+        if phase is None:
+            kill_at_random(process, Path(f"{folder}.record-rank-0"), steps // kills, draw)
+        assert process.wait() == -signal.SIGKILL, (number, phase, process.out, process.err)
+        assert process.err == "" and read_outcome(folder) is None, "what was killed has no ending"
+        if (folder / "checkpoints").exists() and checkpoints(folder):
+            assert saved <= last_checkpoint(folder).step, "a kill has cost a checkpoint"
+            saved = last_checkpoint(folder).step
+    assert 0 < saved < steps
+    trainers.train(recipe, run, **options)
+    assert_outcome(folder, 0)
+
+
+def compare_with_undisturbed(trainers: Trainers, recipe: str, *, kills: int, steps: int, seed: int) -> None:
+    trainers.train(recipe, "straight", training__steps=steps, recorded=True, **OFTEN)
+    train_under_fire(trainers, recipe, "shot", kills=kills, steps=steps, seed=seed)
+    straight, shot = trainers.folder / "straight", trainers.folder / "shot"
+    assert_same_run(shot, straight)
+    assert steps_of(shot) == list(range(4, steps + 1, 4))
+    assert not list(shot.glob("checkpoints/.tmp-*")), "the last start clears away what the killed ones left"
+    # Every time a step was done, in whichever process, it saw the same samples with the same noise.
+    assert samples_by_step(shot) == samples_by_step(straight)
+    assert len(recorded(shot)) > len(recorded(straight)), "no step was ever repeated: nothing was tested"
+
+
+@pytest.mark.parametrize("recipe", ["tiny_mdlm", "tiny_ccdd"])
+def test_a_run_killed_again_and_again(trainers: Trainers, recipe: str) -> None:
+    compare_with_undisturbed(trainers, recipe, kills=6, steps=60, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["tiny_mdlm", "tiny_ccdd"])
+def test_two_hundred_steps_and_twenty_kills(trainers: Trainers, recipe: str) -> None:
+    compare_with_undisturbed(trainers, recipe, kills=20, steps=200, seed=2)
+
+
+def test_a_rank_killed_ends_its_peers_and_the_run_goes_on_bit_for_bit(trainers: Trainers, tmp_path: Path) -> None:
+    options = {"training__steps": 20, "checkpoint__every": 4, "training__log_every": 2}
+    trainers.train("tiny_ccdd", "straight", ranks=2, **options)
+    first, second = trainers.start_ranks(2, "tiny_ccdd", "shot", **options)
+    second.wait_until(lambda: has_lines(tmp_path / "shot", 3))
+    second.signal(signal.SIGKILL)
+    assert second.wait() == -signal.SIGKILL
+    assert_refused(first, 4, r"\[rank 0\] error: a sum over 2 ranks did not complete: another rank died",
+                   run_dir=tmp_path / "shot")  # fmt: skip
+    trainers.train("tiny_ccdd", "shot", ranks=2, **options)
+    assert_same_run(tmp_path / "shot", tmp_path / "straight")
+
+
+def test_killed_before_the_first_checkpoint_it_starts_from_scratch(trainers: Trainers, tmp_path: Path) -> None:
+    options = {"training__steps": 12, "training__log_every": 1}
+    trainers.train("tiny_mdlm", "straight", **options)
+    process = trainers.start("tiny_mdlm", "shot", **options | {"training__steps": 5000})
+    process.wait_until(lambda: has_lines(tmp_path / "shot", 3))
+    process.signal(signal.SIGKILL)
+    process.wait()
+    assert CheckpointStore(tmp_path / "shot" / "checkpoints").latest_valid() is None
+    done = trainers.train("tiny_mdlm", "shot", **options)
+    assert "written after the checkpoint; their steps are done again" in done.out and "resumed" not in done.out
+    assert_same_run(tmp_path / "shot", tmp_path / "straight")

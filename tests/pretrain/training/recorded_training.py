@@ -1,0 +1,80 @@
+"""`python -m braid.pretrain WORDS`, keeping a record: `python recorded_training.py FILE WORDS`.
+
+FILE-rank-R gets a line of JSON for every micro-batch of training: `step`, the `ordinals` of its samples, for each of
+them a hash of everything corruption made of it, and the `sum` and `count` of its loss. Environment: PADDED=1 cuts every
+sample to a length of its own, GRADIENTS=FOLDER keeps the reduced gradients of each step as FOLDER/STEP.pt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from braid.data_pipeline.loader import Batch
+from braid.pretrain.command import run
+from braid.pretrain.exits import run_and_report
+from braid.pretrain.objectives.base import Corrupted
+from braid.pretrain.training import loop
+from braid.pretrain.training import run as run_module
+
+
+class RecordedTrainer(loop.Trainer):
+    """The trainer, watched where it corrupts, sums up and reduces."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*arguments)
+        path = f"{RECORD}-rank-{self.world.rank}"
+        self.record = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self.plain_corrupt, self.objective.corrupt = self.objective.corrupt, self.corrupt
+        self.plain_loss, self.objective.loss = self.objective.loss, self.loss
+        self.plain_norm, loop.gradient_norm = loop.gradient_norm, self.gradient_norm
+
+    def corrupt(self, batch, noise):
+        corrupted = self.plain_corrupt(batch, noise)
+        samples = zip(batch.ordinals.tolist(), hashes(corrupted), strict=True)
+        self.line = {"step": self.step + 1, "samples": dict(samples)}
+        return corrupted
+
+    def loss(self, prediction, corrupted):
+        terms = self.plain_loss(prediction, corrupted)
+        line = self.line | {"sum": terms.total.item(), "count": terms.count.item()}
+        os.write(self.record, json.dumps(line).encode() + b"\n")
+        return terms
+
+    def gradient_norm(self, parameters):
+        if GRADIENTS and self.world.rank == 0:
+            named = self.objective.named_parameters()
+            torch.save({name: p.grad.clone() for name, p in named}, GRADIENTS / f"{self.step + 1}.pt")
+        return self.plain_norm(parameters)
+
+    def _optimizer_step(self, micro_batches):
+        return super()._optimizer_step([pad(batch) for batch in micro_batches] if PADDED else micro_batches)
+
+
+def pad(batch: Batch) -> Batch:
+    """Samples of 1 to 16 tokens; their lengths fall within a global batch, so ranks have very different counts."""
+    length = batch.tokens.shape[1]
+    kept = 1 + (length - 1) * (7 - batch.ordinals % 8) // 7
+    return dataclasses.replace(batch, loss_mask=torch.arange(length) < kept[:, None])
+
+
+def hashes(corrupted: Corrupted) -> list[str]:
+    """One for each sample, over every tensor that has samples."""
+    tensors = [value for value in vars(corrupted).values() if isinstance(value, torch.Tensor)]
+    return [
+        hashlib.sha256(b"".join(tensor[i].contiguous().numpy().tobytes() for tensor in tensors)).hexdigest()[:16]
+        for i in range(len(corrupted.tokens))
+    ]
+
+
+if __name__ == "__main__":
+    RECORD, PADDED = os.path.abspath(sys.argv[1]), os.environ.get("PADDED") == "1"
+    GRADIENTS = Path(os.environ["GRADIENTS"]) if "GRADIENTS" in os.environ else None
+    run_module.Trainer = RecordedTrainer
+    sys.exit(run_and_report(lambda: run(sys.argv[2:])))
