@@ -225,8 +225,10 @@ def _live_as_long_as_the_trainer(worker: int) -> None:
     trainer = multiprocessing.parent_process().pid
 
     def wait_for_the_trainer() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
-            pass
+        while os.getppid() == trainer:
+            received = signal.sigtimedwait({signal.SIGTERM}, 1.0)
+            if received is not None and received.si_pid == trainer:
+                break
         os._exit(0)
 
     threading.Thread(target=wait_for_the_trainer, daemon=True).start()

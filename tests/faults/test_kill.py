@@ -31,8 +31,11 @@ OFTEN = {"checkpoint__every": 3, "training__validate_every": 10}
 
 def step_reached(record: Path) -> int:
     """The last step that a recorded run has begun."""
-    lines = record.read_bytes().rpartition(b"\n")[0].split(b"\n") if record.exists() else []
-    return json.loads(lines[-1])["step"] if lines else 0
+    if not record.exists() or not record.stat().st_size:
+        return 0
+    with open(record, "rb") as file:
+        file.seek(max(0, record.stat().st_size - 4096))
+        return json.loads(file.read().split(b"\n")[-2])["step"]
 
 
 def samples_by_step(run_dir: Path) -> dict[int, set[tuple[str, str]]]:
@@ -64,7 +67,8 @@ def train_under_fire(trainers: Trainers, recipe: str, run: str, *, kills: int, s
         if phase is None:
             kill_at_random(process, Path(f"{folder}.record-rank-0"), steps // kills, draw)
         assert process.wait() == -signal.SIGKILL, (number, phase, process.out, process.err)
-        assert process.err == "" and read_outcome(folder) is None, "what was killed has no ending"
+        assert read_outcome(folder) is None, "what was killed has no ending"
+        assert "Traceback" not in process.err and "error" not in process.err, process.err
         if (folder / "checkpoints").exists() and checkpoints(folder):
             assert saved <= last_checkpoint(folder).step, "a kill has cost a checkpoint"
             saved = last_checkpoint(folder).step

@@ -1,7 +1,7 @@
 """`python -m braid.pretrain WORDS`, keeping a record: `python recorded_training.py FILE WORDS`.
 
-FILE-rank-R gets a line of JSON for every micro-batch of training: `step`, the `ordinals` of its samples, for each of
-them a hash of everything corruption made of it, and the `sum` and `count` of its loss. Environment: PADDED=1 cuts every
+FILE-rank-R gets a line of JSON for every micro-batch of training: `step`, `rank`, its `samples` (ordinal: a hash of
+everything that corruption made of it), and the `sum` and `count` of its loss. Environment: PADDED=1 cuts every
 sample to a length of its own, GRADIENTS=FOLDER keeps the reduced gradients of each step as FOLDER/STEP.pt.
 """
 
@@ -38,7 +38,7 @@ class RecordedTrainer(loop.Trainer):
     def corrupt(self, batch, noise):
         corrupted = self.plain_corrupt(batch, noise)
         samples = zip(batch.ordinals.tolist(), hashes(corrupted), strict=True)
-        self.line = {"step": self.step + 1, "samples": dict(samples)}
+        self.line = {"step": self.step + 1, "rank": self.world.rank, "samples": dict(samples)}
         return corrupted
 
     def loss(self, prediction, corrupted):

@@ -27,7 +27,7 @@ from braid.pretrain.training.outcome import read_outcome
 HERE = Path(__file__).parent
 RECORDED = HERE / "recorded_training.py"
 # The last two are what a trainer imports late, in its first step or save.
-PRELOADED = ("braid.launch.cli", "braid.pretrain.training.run", "torch._inductor.config", "safetensors.torch")
+PRELOADED = ("braid.pretrain.training.run", "braid.pretrain.command", "torch._inductor.config", "safetensors.torch")
 VOLATILE = ("tokens_per_second", "mfu", "data_wait", "seconds")
 STATUS = {0: "done", 2: "bad_config", 3: "preempted", 4: "failed", 5: "data_exhausted", 130: "failed"}
 
@@ -71,6 +71,10 @@ class Process:
         if self.code is None:
             os.kill(self.pid, number)
 
+    def signal_group(self, number: int) -> None:
+        """To the process and all it has started, as a terminal does."""
+        os.killpg(self.pid, number)
+
     def wait_until(self, what: Callable[[], Any], timeout_s: float = 120) -> Any:
         """Poll until `what()` is true; returns it. The process must not end before."""
         deadline = time.monotonic() + timeout_s
@@ -90,7 +94,7 @@ class WarmPython:
             [sys.executable, HERE / "warm_python.py", *PRELOADED], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         self._buffered, self._started, self.codes = b"", [], {}
-        atexit.register(self._server.stdin.close)
+        atexit.register(self._close)
 
     def start(self, argv: list[str], cwd: Path, env: dict[str, str], output: Path) -> Process:
         """`python ARGV` with its streams in the files `output`.out and `output`.err, which are replaced."""
@@ -103,6 +107,10 @@ class WarmPython:
         while not self._started:
             self.read_answers(60)
         return Process(self, self._started.pop(), stdout, stderr)
+
+    def _close(self) -> None:
+        self._server.stdin.close()
+        self._server.wait(10)
 
     def read_answers(self, timeout_s: float) -> None:
         pipe = self._server.stdout.fileno()
@@ -169,7 +177,10 @@ class Trainers:
 
     def train(self, recipe: str, run: str, *, code: int = 0, ranks: int = 1, **options: Any) -> Process:
         """Run to the end, which must be `code` on every rank; returns the process of rank 0."""
-        started = [self.start(recipe, run, **options)] if ranks == 1 else self.start_ranks(ranks, recipe, run, **options)
+        if ranks == 1:
+            started = [self.start(recipe, run, **options)]
+        else:
+            started = self.start_ranks(ranks, recipe, run, **options)
         for process in started:
             assert process.wait() == code, f"exit code {process.code}\n{process.out}\n{process.err}"
         return started[0]

@@ -1,4 +1,4 @@
-"""A Python that has imported torch and Braid's trainer and forks: `python -m MODULE ...` without the seconds of importing.
+"""A Python that has imported torch and Braid's trainer, and forks: `python -m MODULE` without the seconds of importing.
 
     python warm_python.py MODULE ...         imports the modules named, then reads requests from its standard input
 
