@@ -41,6 +41,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     [
         ("weights.safetensors", "flipped"),
         ("optimizer.safetensors", "truncated"),
+        ("ema.safetensors", "missing"),
+        ("state.json", "flipped"),
         ("manifest.json", "missing"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What users get wrong, and training that fails: a message with what to change, the documented exit code, no traceback."""
+"""What users get wrong, and training that fails: a message with what to change, an exit code, no traceback."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def trained(trainers: Trainers, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-# -- the command line and the configuration ---------------------------------------------------------------------------
+# -- the command line and the configuration -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_a_wrong_configuration_is_refused_at_once(trainers: Trainers, tmp_path: 
     assert [path for path in tmp_path.iterdir() if not path.name.startswith("process-")] == [], "nothing was written"
 
 
-# -- the data ---------------------------------------------------------------------------------------------------------
+# -- the data -----------------------------------------------------------------------------------------------------
 
 
 def test_no_data(trainers: Trainers, tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_less_data_than_a_batch(trainers: Trainers, tmp_path: Path) -> None:
     assert_refused(process, 5, "shorter than one row", run_dir=tmp_path / "run")
 
 
-# -- a run directory that is of something else -------------------------------------------------------------------------
+# -- a run directory that is of something else ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_no_run_to_look_at(trainers: Trainers, tmp_path: Path, command: str) -> 
         assert_refused(trainers.braid(command, path, *options), 2, path)
 
 
-# -- places ------------------------------------------------------------------------------------------------------------
+# -- places --------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_directory_that_cannot_be(trainers: Trainers, tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_two_trainers_in_one_run_directory(trainers: Trainers, tmp_path: Path) -
     assert steps == list(range(4, steps[-1] + 1, 4)), "one writer"
 
 
-# -- training that fails -----------------------------------------------------------------------------------------------
+# -- training that fails -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

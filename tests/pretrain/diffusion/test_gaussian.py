@@ -123,3 +123,26 @@ def test_joint_bound_terms_give_the_exact_kl_for_a_known_latent(name):
         estimate = posterior_mean(z_t, torch.full_like(z_0, m), time, s, schedule)
         variance = float(1 / (schedule.snr(time[0]) + 1 / s**2))
         assert abs((z_0 - estimate).square().mean() / variance - 1) < 5 * math.sqrt(2 / 20000)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("t", [0.2, 0.5, 0.8])
+def test_gaussian_integrand_is_the_rate_of_kl_between_true_and_model_posteriors(name, t):
+    """Finite-step float64 KL(q(z_s|z_t,z_0) || q(z_s|z_t,zhat)) / dt against (1/2) (-dSNR/dt) (z_0 - zhat)^2.
+
+    Both posteriors come from Gaussian conditioning on the joint law of (z_s, z_t), not from the sampler's formulas.
+    """
+    schedule, dt, z_0, zhat = GaussianSchedule(name), 1e-6, 0.8, 0.1
+    s = t - dt
+    at = lambda f, x: float(f(torch.tensor(x, dtype=torch.float64)))  # noqa: E731
+    ratio = at(schedule.alpha, t) / at(schedule.alpha, s)
+    sigma_s, sigma_t = at(schedule.sigma, s), at(schedule.sigma, t)
+    gain = ratio * sigma_s**2 / sigma_t**2
+    variance = sigma_s**2 - gain**2 * sigma_t**2
+
+    def mean(clean):  # z_t cancels between the two
+        return at(schedule.alpha, s) * clean - gain * at(schedule.alpha, t) * clean
+
+    kl = (mean(z_0) - mean(zhat)) ** 2 / (2 * variance)
+    integrand = at(schedule.snr_rate, t) / 2 * (z_0 - zhat) ** 2
+    assert kl / dt == pytest.approx(integrand, rel=5e-5)

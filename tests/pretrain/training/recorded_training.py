@@ -44,7 +44,7 @@ class RecordedTrainer(loop.Trainer):
     def loss(self, prediction, corrupted):
         terms = self.plain_loss(prediction, corrupted)
         line = self.line | {"sum": terms.total.item(), "count": terms.count.item()}
-        os.write(self.record, json.dumps(line).encode() + b"\n")
+        os.write(self.record, b"\n" + json.dumps(line).encode())  # a line torn by a kill does not spoil the next
         return terms
 
     def gradient_norm(self, parameters):

@@ -261,7 +261,18 @@ def assert_same_bits(found: Checkpoint, expected: Checkpoint) -> None:
 
 def recorded(run_dir: Path) -> list[dict[str, Any]]:
     """The record of all ranks of a run that was started with `recorded=True`."""
-    lines = [json.loads(line) for file in sorted(run_dir.parent.glob(f"{run_dir.name}.record*"))
-             for line in file.read_text().splitlines()]  # fmt: skip
+    files = sorted(run_dir.parent.glob(f"{run_dir.name}.record-rank-*"))
+    lines = [line for file in files for line in file.read_text().splitlines()]
     assert lines
-    return lines
+    return [json.loads(line) for line in lines if line.endswith("}")]  # not what a kill has torn
+
+
+def step_reached(run_dir: Path) -> int:
+    """The last step that rank 0 of a recorded run has begun."""
+    record = run_dir.with_name(f"{run_dir.name}.record-rank-0")
+    if not record.exists():
+        return 0
+    with open(record, "rb") as file:
+        file.seek(max(0, record.stat().st_size - 4096))
+        whole = [line for line in file.read().split(b"\n")[1:] if line.endswith(b"}")]
+    return json.loads(whole[-1])["step"] if whole else 0

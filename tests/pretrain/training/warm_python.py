@@ -3,23 +3,27 @@
     python warm_python.py MODULE ...         imports the modules named, then reads requests from its standard input
 
 A request is a line of JSON: `argv` (what would stand after `python`: `-m MODULE WORDS` or `SCRIPT WORDS`), `cwd`, `env`
-(the whole environment), `stdout` and `stderr` (files). The child it forks runs that as `__main__` and ends as Python
-ends: a process like any other, with its own process id, signals, locks and exit code. Answers are lines too: `[pid]`
-for each request, and `[pid, exit code]` when that child is gone (minus the signal for one that was killed).
+(the whole environment), `stdout` and `stderr` (files). The child it forks runs that as `__main__`: a process like any
+other, with its own process id, signals, locks and exit code. Only taking the interpreter apart at the end is left out,
+which costs a second with torch in it. Answers are lines too: `[pid]` for each request, and `[pid, exit code]` when that
+child is gone (minus the signal for one that was killed).
 """
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib
 import json
 import os
 import runpy
 import select
 import sys
+import traceback
 
 
-def serve() -> None:
-    """Fork for each request until standard input ends. Returns in the children alone, with their request."""
+def serve() -> list[str]:
+    """Fork for each request until standard input ends. Returns in the children alone, with their arguments."""
     running: dict[int, int] = {}  # pidfd -> pid
     requests = sys.stdin.fileno()
     buffered = b""
@@ -38,10 +42,30 @@ def serve() -> None:
         for line in lines:
             pid = os.fork()
             if pid == 0:
-                become(json.loads(line), running)
-                return
+                request = json.loads(line)
+                become(request, running)
+                return request["argv"]
             running[os.pidfd_open(pid)] = pid
             print(json.dumps([pid]), flush=True)
+
+
+def run_as_main(argv: list[str]) -> int:
+    """What `python ARGV` does once it has started; its exit code."""
+    sys.argv = argv
+    try:
+        if argv[0] == "-m":
+            del argv[0]
+            runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(argv[0], run_name="__main__")
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+        return int(isinstance(stop.code, str)) if not isinstance(stop.code, int) else stop.code
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 def become(request: dict, inherited: dict[int, int]) -> None:
@@ -60,16 +84,15 @@ def become(request: dict, inherited: dict[int, int]) -> None:
     for stream, file in enumerate(opened):
         os.dup2(file, stream)
         os.close(file)
-    sys.argv = request["argv"]
 
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
         importlib.import_module(name)
     assert len(os.listdir("/proc/self/task")) == 1, "a fork would lose the other threads"
-    serve()
-    if sys.argv[0] == "-m":
-        del sys.argv[0]
-        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-    else:
-        runpy.run_path(sys.argv[0], run_name="__main__")
+    gc.freeze()  # else the children's first collection would write to, and so copy, every page
+    code = run_as_main(serve())
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
