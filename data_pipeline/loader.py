@@ -155,16 +155,23 @@ class Loader:
         return np.array(kept[self._first : self._stop]), position
 
 
+def spread(num_rows: int, num_chosen: int) -> np.ndarray:
+    """`num_chosen` of `num_rows` row numbers (at most all), evenly spread and increasing: int64."""
+    num_chosen = min(num_chosen, num_rows)
+    return np.arange(num_chosen) * num_rows // max(num_chosen, 1)
+
+
 def validation_batches(rows: Rows, num_sequences: int, micro_batch_size: int, data_rank: int,
                        data_size: int) -> Iterator[Batch]:
-    """This rank's share of the first `num_sequences` rows (of all rows, when there are fewer), in order.
+    """This rank's share of `num_sequences` rows spread evenly over the split (all, when there are fewer), in order.
 
-    Row i has ordinal i. Over the ranks every row comes exactly once, except rows of damaged shards where the corpus
-    skips those; the last batch may be short, and ranks may differ by one in their number of batches.
+    Neighbouring rows come from one document, so the first rows would be a few documents and not the split. Row i has
+    ordinal i. Over the ranks every chosen row comes exactly once, except rows of damaged shards where the corpus skips
+    those; the last batch may be short, and ranks may differ by one in their number of batches.
     """
-    num_sequences = min(num_sequences, len(rows))
-    mine = range(data_rank * num_sequences // data_size, (data_rank + 1) * num_sequences // data_size)
-    kept = (i for i in mine if not rows.is_left_out(i))
+    chosen = spread(len(rows), num_sequences)
+    mine = chosen[data_rank * len(chosen) // data_size : (data_rank + 1) * len(chosen) // data_size]
+    kept = (i for i in mine.tolist() if not rows.is_left_out(i))
     while indices := list(islice(kept, micro_batch_size)):
         yield Batch.of_rows(rows.read(indices), np.array(indices))
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
+from dataclasses import fields as dataclass_fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,26 +26,33 @@ from braid.pretrain.training.optimizer import load_optimizer_tensors, optimizer_
 from .store import CheckpointStore
 
 TOKENIZER_FOLDER = "tokenizer"
+CONFIG_FILE = "config.yaml"
+
+FREE_TO_CHANGE = ("model.dropout", "model.activation_checkpointing", "model.compile")
+"""Fields of the sections `model` and `objective` that do not change what the saved weights mean."""
+UNMENTIONED = ("run.dir", "run.threads", "data.path", "data.workers", "training.log_every", "telemetry")
+"""Fields whose change is not worth a line when a run is continued."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Tensors by group (weights, ema, optimizer, encoder) and JSON state."""
+    """Tensors by group (weights, ema, optimizer, encoder), JSON state, and the configuration it was saved with."""
 
     groups: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
+    config: Config
 
     @staticmethod
     def load(store: CheckpointStore, path: Path) -> Snapshot:
         """Read and verify a committed checkpoint."""
         checkpoint = store.load(path)
-        return Snapshot(checkpoint.groups, checkpoint.state)
+        return Snapshot(checkpoint.groups, checkpoint.state, load_config(path / CONFIG_FILE))
 
 
 def checkpoint_files(config: Config, tokenizer: Tokenizer) -> dict[str, bytes]:
     """What lies beside the tensors: the resolved configuration and the tokenizer. Made once, when a run starts: a save
     must not fail for want of a temporary folder."""
-    files = {"config.yaml": dump_config(config).encode()}
+    files = {CONFIG_FILE: dump_config(config).encode()}
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(Path(folder))
         for file in sorted(Path(folder).iterdir()):
@@ -80,7 +88,7 @@ def take(
         "noise_contract": CONTRACT_VERSION,
         "versions": {"braid": version("braid-lm"), "torch": torch.__version__},
     }
-    return Snapshot(groups, {**identity, **state})
+    return Snapshot(groups, {**identity, **state}, config)
 
 
 def restore(
@@ -90,8 +98,12 @@ def restore(
     optimizer: torch.optim.Optimizer,
     ema: EMA | None,
     tokenizer: Tokenizer,
-) -> None:
-    """Put a snapshot into freshly built objects. CheckpointError says what does not fit."""
+) -> list[str]:
+    """Put a snapshot into freshly built objects.
+
+    Returns a line for each setting that differs from the saved one and may differ. Raises CheckpointError, which says
+    what does not fit: another model, objective, tokenizer, encoder, seed or noise contract.
+    """
     encoder = getattr(objective, "encoder", None)
     running = {
         "objective": config.objective.name,
@@ -106,6 +118,9 @@ def restore(
         if snapshot.state[name] != value
     ]
     differences += _shape_differences(snapshot.groups["weights"], dict(objective.state_dict()))
+    changes = _setting_changes(snapshot.config, config)
+    fixed = {field: change for field, change in changes.items() if field.startswith(("model.", "objective."))}
+    differences += [f"{field}: {change}" for field, change in fixed.items() if field not in FREE_TO_CHANGE]
     if differences:
         raise CheckpointError(
             "the checkpoint in the run directory is of another run or model",
@@ -122,6 +137,23 @@ def restore(
             found="training.ema_decay was 0 when it was saved",
             change="set training.ema_decay=0, or start in another run.dir",
         )
+    return [f"{field}: {change}" for field, change in changes.items() if not field.startswith(UNMENTIONED)]
+
+
+def _setting_changes(saved: Config, running: Config) -> dict[str, str]:
+    """Dotted field -> "saved value -> value of this run", for fields that both have and that differ."""
+
+    def fields(value: Any, path: str = "") -> dict[str, Any]:
+        if not is_dataclass(value):
+            return {path: value}
+        return {
+            name: leaf
+            for field in dataclass_fields(value)
+            for name, leaf in fields(getattr(value, field.name), f"{path}.{field.name}".lstrip(".")).items()
+        }
+
+    before, now = fields(saved), fields(running)
+    return {name: f"{before[name]} -> {now[name]}" for name in now if name in before and before[name] != now[name]}
 
 
 def _shape_differences(saved: dict[str, Tensor], running: dict[str, Tensor]) -> list[str]:
@@ -169,9 +201,15 @@ def load_model(path: Path, device: torch.device, *, use_ema: bool = True) -> Loa
             change="give the run.dir of a training run, or one of its checkpoints/step-* folders",
         )
     snapshot = Snapshot.load(store, path)
-    config = load_config(path / "config.yaml", [])
+    config = snapshot.config
     tokenizer = load_tokenizer(path / TOKENIZER_FOLDER)
     encoder = saved_encoder(config, tokenizer, snapshot.groups.get("encoder"), path, device)
+    if encoder is not None and encoder.fingerprint != snapshot.state["encoder_fingerprint"]:
+        raise CheckpointError(
+            "the encoder is not the one the model was trained with",
+            found=f"fingerprint {encoder.fingerprint}, the checkpoint's is {snapshot.state['encoder_fingerprint']}",
+            change=f"put the original back at {config.objective.encoder.path}",
+        )
     objective = build_objective(config, tokenizer, encoder, device)
     weights = dict(snapshot.groups["weights"])
     if use_ema:

@@ -7,7 +7,10 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .bound import Estimate
 
 METRICS = ("bound", "entropy")
 
@@ -17,23 +20,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, help="prepared corpus; default: the one the run was trained on")
     parser.add_argument("--split", default="validation", choices=["validation", "train"], help="default validation")
     parser.add_argument("--metrics", default="bound", help=f"comma-separated, of {', '.join(METRICS)}; default bound")
-    parser.add_argument("--sequences", type=int, default=0, help="rows scored (the first ones); 0, the default: all")
+    parser.add_argument("--sequences", type=int, default=0, help="rows scored, spread over the split; default: all")
     parser.add_argument("--draws", type=int, default=4, help="Monte-Carlo draws per row; default 4")
     parser.add_argument("--samples", type=int, default=16, help="samples drawn for `entropy`; default 16")
     parser.add_argument("--batch-size", type=int, default=32, help="rows at a time; does not change the numbers")
     parser.add_argument("--seed", type=int, default=0, help="key of the draws; default 0")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the network; default fp32")
     parser.add_argument("--raw-weights", action="store_true", help="trained weights instead of their moving average")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument(
-        "--json", type=Path, help="also write the result here; default: evaluation.json in a run directory"
+        "--json", type=Path, help="write the result here; default, for a run's own validation text: its evaluation.json"
     )
 
 
 def main(args: argparse.Namespace) -> int:
     """Print a table and write JSON. Exit code 0; errors are BraidErrors (2)."""
-    result = evaluate(args)
+    result, _ = evaluate(args)
     print(format_table(result))
-    target = args.json or (args.checkpoint / "evaluation.json" if (args.checkpoint / "checkpoints").is_dir() else None)
+    own = (args.checkpoint / "checkpoints").is_dir() and args.data is None and args.split == "validation"
+    target = args.json or (args.checkpoint / "evaluation.json" if own else None)
     if target:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -41,13 +46,14 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """The result as a JSON-able dictionary (the contract of evaluation.json)."""
+def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Estimate]]:
+    """The result as a JSON-able dictionary (the contract of evaluation.json), and the estimates with their rows."""
+    from braid.data_pipeline.loader import spread
     from braid.kernels.errors import ConfigError, InputError
     from braid.kernels.reference import MAX_DRAWS
     from braid.parallel.data_parallel import World, pick_device
     from braid.pretrain.checkpoint.snapshot import load_model
-    from braid.pretrain.training.precision import autocast
+    from braid.pretrain.training.precision import autocast, prepare_process
 
     from .bound import evaluate_rows, unigram_entropy
 
@@ -57,15 +63,18 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(
             "unknown metric", found=", ".join(unknown) or "none", change=f"choose from {', '.join(METRICS)}"
         )
-    for name, value in (("draws", args.draws), ("batch-size", args.batch_size), ("samples", args.samples)):
-        if value < 1:
-            raise ConfigError(f"--{name} must be at least 1", found=str(value))
+    least = {"draws": 1, "batch-size": 1, "samples": 1, "sequences": 0, "seed": 0}
+    for name, smallest in least.items():
+        value = getattr(args, name.replace("-", "_"))
+        if value < smallest:
+            raise ConfigError(f"--{name} must be at least {smallest}", found=str(value))
     if args.draws > MAX_DRAWS:
         raise ConfigError("too many draws", found=str(args.draws), change=f"the noise counter holds {MAX_DRAWS}")
 
     device = pick_device(args.device)
     model = load_model(args.checkpoint, device, use_ema=not args.raw_weights)
     config = model.config
+    prepare_process(config.run)
     rows = _rows(args, model)
     num_sequences = min(args.sequences or len(rows), len(rows))
     if num_sequences < 1:
@@ -83,26 +92,27 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "split": args.split,
         "num_sequences": num_sequences,
         "num_tokens": num_sequences * config.data.sequence_length,
-        "num_bytes": sum(rows.num_bytes(i) for i in range(num_sequences)),
+        "num_bytes": sum(rows.num_bytes(i) for i in spread(len(rows), num_sequences).tolist()),
         "bytes_are_exact": rows.bytes_are_exact,
         "draws": 1 if model.objective.causal else args.draws,  # an exact likelihood has nothing to draw
         "t_range": None if model.objective.causal else [1e-5, 1.0],
-        "dtype": config.run.precision,
+        "dtype": args.precision,
         "weights": "trained" if args.raw_weights or not config.training.ema_decay else "moving average",
         "figures": [],
     }
+    estimates: list[Estimate] = []
     if "bound" in metrics:
-        with autocast(config.run.precision, device):
+        with autocast(args.precision, device):
             estimates = evaluate_rows(
                 model.objective, rows, num_sequences=num_sequences, draws=result["draws"], seed=args.seed,
                 micro_batch_size=args.batch_size, world=World.single(device),
                 progress=lambda done: _progress(done, num_sequences),
             )  # fmt: skip
-        result["figures"] = [_finite(estimate.as_dict()) for estimate in estimates]
-        result["unigram_entropy"] = _finite(unigram_entropy(rows, num_sequences, model.tokenizer.vocab_size).as_dict())
+        result["figures"] = [estimate.as_dict() for estimate in estimates]
+        result["unigram_entropy"] = unigram_entropy(rows, model.tokenizer.vocab_size).as_dict()
     if "entropy" in metrics:
         result["samples"] = _sample_entropy(args, model, device)
-    return result
+    return result, estimates
 
 
 def _rows(args: argparse.Namespace, model):
@@ -137,13 +147,6 @@ def _sample_entropy(args: argparse.Namespace, model, device) -> dict[str, Any]:
         "network_calls": samples.network_calls,
         "entropy": mean,
         "standard_error": deviation / math.sqrt(len(entropies)) if len(entropies) > 1 else None,
-    }
-
-
-def _finite(record: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN: a standard error that does not exist is null."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
     }
 
 

@@ -39,14 +39,21 @@ class CCDD(Objective):
         super().__init__(config, network, mask_id=mask_id, bos_id=bos_id)
         self.encoder = encoder
         self.schedule = GaussianSchedule(config.schedule)
-        leak_free = not config.leaky_encoder
-        leak_note = "" if leak_free else "; NOT a bound: the leaky encoder shows hidden tokens to the network"
+        self.token_figure = "leaky_token_nats" if encoder.leaky else "token_bound"
         self.figures = (
-            Figure(
-                "token_bound",
+            Figure(self.token_figure, "leaky token cross-entropy", False, "NOT a bound: the encoder saw hidden tokens")
+            if encoder.leaky
+            else Figure(
+                self.token_figure,
                 "token bound, latents from visible tokens only",
-                leak_free,
-                "discrete NELBO at p_r = 1, t in [1e-5, 1]" + leak_note,
+                True,
+                "discrete NELBO at p_r = 1, t in [1e-5, 1]",
+            ),
+            Figure(
+                "token_bound_latents_off",
+                "token bound, latents switched off",
+                True,
+                "the same with z = 0, as for guidance: what the latents are worth to the trained network",
             ),
             Figure(
                 "joint_nelbo",
@@ -109,11 +116,17 @@ class CCDD(Objective):
     # -- evaluation --------------------------------------------------------------------------------------------
 
     def evaluate(self, batch: Batch, noise: Noise) -> dict[str, Tensor]:
-        return {"token_bound": self._token_bound(batch, noise), "joint_nelbo": self._joint_nelbo(batch, noise)}
+        return {
+            self.token_figure: self._token_bound(batch, noise, latents=True),
+            "token_bound_latents_off": self._token_bound(batch, noise, latents=False),
+            "joint_nelbo": self._joint_nelbo(batch, noise),
+        }
 
-    def _token_bound(self, batch: Batch, noise: Noise) -> Tensor:
+    def _token_bound(self, batch: Batch, noise: Noise, *, latents: bool) -> Tensor:
         times = to_range(noise.strata, BOUND_TIME_MIN)
         corrupted = self._corrupt(batch, noise, times, torch.ones_like(times))
+        if not latents:
+            corrupted = replace(corrupted, latents=torch.zeros_like(corrupted.latents))
         logits = self.predict(corrupted).logits
         nats = masked_cross_entropy(logits, corrupted.targets, corrupted.masked, self.mask_id)
         return (1 - BOUND_TIME_MIN) * SURVIVAL.elbo_weight(times) * sum_positions(nats, batch.loss_mask)

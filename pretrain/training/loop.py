@@ -366,10 +366,12 @@ class Trainer:
             return {}
         self.step, path = found
         snapshot = Snapshot.load(self.store, path)
-        restore(snapshot, self.config, self.objective, self.optimizer, self.ema, self.tokenizer)
+        changes = restore(snapshot, self.config, self.objective, self.optimizer, self.ema, self.tokenizer)
         self.loader.load_state_dict(snapshot.state["loader"])
         self.interval = Interval(**snapshot.state["interval"])
         self.say(f"resumed from step {self.step} ({path})")
+        for change in changes:
+            self.say(f"  continuing with another setting than it was saved with: {change}")
         return snapshot.state
 
     def close(self, *, failed: bool) -> None:

@@ -351,7 +351,8 @@ def test_validation_takes_every_row_once(folder, size, num_sequences):
     ranks = [list(validation_batches(rows, num_sequences, 4, rank, size)) for rank in range(size)]
     ordinals = torch.cat([batch.ordinals for rank in ranks for batch in rank])
     tokens = torch.cat([batch.tokens for rank in ranks for batch in rank])
-    assert ordinals.tolist() == list(range(min(num_sequences, len(rows))))
+    num_chosen = min(num_sequences, len(rows))
+    assert ordinals.tolist() == [k * len(rows) // num_chosen for k in range(num_chosen)]  # evenly spread
     np.testing.assert_array_equal(tokens, [rows[i] for i in ordinals])
     for rank in ranks:
         assert all(len(batch.ordinals) == 4 for batch in rank[:-1]) and all(batch.loss_mask.all() for batch in rank)

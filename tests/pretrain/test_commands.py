@@ -47,8 +47,8 @@ def lines(path):
 
 def test_the_run_directory_is_as_documented(braid):
     run = braid.folder / "ccdd"
-    expected = {"config.yaml", "metrics.jsonl", "checkpoints", "samples", "environment.json", "schedule.json", "outcome.json"}
-    assert expected <= {entry.name for entry in run.iterdir()}
+    expected = {"config.yaml", "metrics.jsonl", "checkpoints", "samples", "environment.json", "schedule.json"}
+    assert expected | {"outcome.json"} <= {entry.name for entry in run.iterdir()}
     train = [line for line in lines(run / "metrics.jsonl") if line["split"] == "train"]
     assert [line["step"] for line in train] == [2, 4, 6]
     first = train[0]
@@ -58,7 +58,7 @@ def test_the_run_directory_is_as_documented(braid):
     assert first["tokens_seen"] == 2 * 16 * 32
     validation = [line for line in lines(run / "metrics.jsonl") if line["split"] == "validation"]
     assert [line["step"] for line in validation] == [3, 6]
-    assert {"token_bound", "joint_nelbo"} == set(validation[0]["terms"])
+    assert {"token_bound", "token_bound_latents_off", "joint_nelbo"} == set(validation[0]["terms"])
     assert json.loads((run / "outcome.json").read_text())["status"] == "done"
     assert [path.name for path in sorted((run / "samples").iterdir())] == ["step-00000003.jsonl", "step-00000006.jsonl"]
 
@@ -74,8 +74,9 @@ def test_the_resolved_configuration_is_a_recipe(braid):
 def test_evaluate_writes_what_it_prints(braid):
     done = braid("evaluate", "ccdd", "--metrics", "bound,entropy", "--sequences", 5, "--draws", 3, "--samples", 3)
     result = json.loads((braid.folder / "ccdd" / "evaluation.json").read_text())
-    bound, joint = result["figures"]
+    bound, off, joint = result["figures"]
     assert bound["name"] == "token_bound" and bound["is_bound"] and joint["name"] == "joint_nelbo"
+    assert off["name"] == "token_bound_latents_off" and off["is_bound"]
     assert f"{bound['value']:.4f}" in done.stdout and bound["label"] in done.stdout
     assert result["num_tokens"] == 5 * 32 and result["draws"] == 3 and result["bytes_are_exact"]
     assert bound["perplexity"] == pytest.approx(math.exp(bound["value"]))

@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from braid.parallel.data_parallel import World
-from braid.pretrain.evaluation.bound import estimate, evaluate_rows, unigram_entropy
+from braid.pretrain.evaluation.bound import estimate, evaluate_rows, paired_difference, unigram_entropy
+from braid.pretrain.objectives.base import Figure
 
 from ..objectives.conftest import LENGTH, VOCAB, build
+
+FIGURE = Figure("x", "x", True)
 
 
 class FixedRows:
@@ -95,20 +98,46 @@ def test_ratio_estimator():
     generator = np.random.default_rng(1)
     tokens = generator.integers(5, 20, 400).astype(float)
     nats = 2.0 * tokens + generator.normal(size=400) * tokens
-    result = estimate(nats, tokens, 3 * tokens.sum(), name="x", label="x", is_bound=True, note="")
+    num_bytes = generator.integers(10, 60, 400).astype(float)
+    result = estimate(nats, tokens, num_bytes, FIGURE)
     assert result.value == pytest.approx(nats.sum() / tokens.sum())
-    assert result.bits_per_byte == pytest.approx(result.value / (3 * math.log(2)))
+    assert result.bits_per_byte == pytest.approx(nats.sum() / num_bytes.sum() / math.log(2))
     assert result.perplexity == pytest.approx(math.exp(result.value))
     picks = generator.integers(0, 400, (2000, 400))
     bootstrap = (nats[picks].sum(1) / tokens[picks].sum(1)).std()
     assert result.standard_error == pytest.approx(bootstrap, rel=0.1)
-    single = estimate(nats[:1], tokens[:1], 1.0, name="x", label="x", is_bound=True, note="")
-    assert math.isnan(single.standard_error)
+    bits_bootstrap = (nats[picks].sum(1) / num_bytes[picks].sum(1) / math.log(2)).std()
+    assert result.bits_per_byte_standard_error == pytest.approx(bits_bootstrap, rel=0.1)
+    single = estimate(nats[:1], tokens[:1], num_bytes[:1], FIGURE)
+    assert math.isnan(single.standard_error) and single.as_dict()["standard_error"] is None
+
+
+def test_paired_difference():
+    """Two noisy figures that share most of their noise: the difference is known far better than either."""
+    generator = np.random.default_rng(2)
+    tokens, shared = np.full(300, 10.0), generator.normal(size=300)
+    a, b = (estimate(10 * (mean + shared) + generator.normal(size=300), tokens, tokens, FIGURE) for mean in (5.0, 4.5))
+    difference, error = paired_difference(a, b)
+    assert abs(difference - 0.5) < 4 * error and error < 0.2 * a.standard_error
+    assert difference == pytest.approx(a.value - b.value)
+
+
+def test_scored_rows_are_spread_over_the_split():
+    """Neighbouring rows share a document: 5 of 50 rows are 0, 10, 20, 30, 40, and their noise is keyed by the row."""
+    objective, rows = build("mdlm"), FixedRows(50)
+    seen = []
+    read = rows.read
+    rows.read = lambda indices: (seen.extend(indices), read(indices))[1]
+    common = dict(draws=1, seed=0, micro_batch_size=50, world=World.single("cpu"))
+    some = evaluate_rows(objective, rows, num_sequences=5, **common)[0]
+    assert seen == [0, 10, 20, 30, 40]
+    everything = evaluate_rows(objective, rows, num_sequences=50, **common)[0]
+    assert some.nats == pytest.approx(everything.nats[::10], rel=1e-5)
 
 
 def test_unigram_entropy_is_the_entropy_of_the_counts():
     rows = FixedRows(30)
-    result = unigram_entropy(rows, 30, VOCAB)
+    result = unigram_entropy(rows, VOCAB)
     counts = np.bincount(rows.tokens.ravel(), minlength=VOCAB)
     p = counts[counts > 0] / counts.sum()
     assert result.value == pytest.approx(-(p * np.log(p)).sum(), rel=1e-12)

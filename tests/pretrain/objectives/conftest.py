@@ -18,7 +18,7 @@ VOCAB, MASK, BOS, LENGTH, LATENT_DIM = 17, 16, 15, 12, 4
 MODEL = ModelConfig(width=32, num_layers=2, num_heads=2, cond_dim=16)
 
 
-def build(name: str, *, randomise: bool = True, model: ModelConfig = MODEL, **options):
+def build(name: str, *, randomise: bool = True, model: ModelConfig = MODEL, leaky: bool = False, **options):
     """An objective over 16 tokens and a mask, with random non-zero weights everywhere."""
     ids = {"mask_id": MASK, "bos_id": BOS}
     latent_dim = LATENT_DIM if name == "ccdd" else 0
@@ -35,6 +35,7 @@ def build(name: str, *, randomise: bool = True, model: ModelConfig = MODEL, **op
         return MDLM(MDLMConfig(**options), network, **ids)
     table = initial_normal(11, "table", (VOCAB, LATENT_DIM))
     encoder = TableEncoder(table, mask_id=MASK, variance_floor=1e-6)
+    encoder.leaky = leaky
     return CCDD(CCDDConfig(encoder=EncoderConfig(latent_dim=LATENT_DIM), **options), network, encoder, **ids)
 
 

@@ -35,10 +35,10 @@ def test_the_bound_sees_no_masked_token_either(ccdd):
     forward = ccdd.network.forward
     ccdd.network.forward = lambda tokens, times, latents, dropout=None: (
         seen.append((tokens, latents)), forward(tokens, times, latents, dropout))[1]  # fmt: skip
-    ccdd._token_bound(batch, noise)
+    ccdd._token_bound(batch, noise, latents=True)
     masked = seen[0][0] != batch.tokens
     changed = torch.where(masked, (batch.tokens + 3) % (VOCAB - 1), batch.tokens)
-    ccdd._token_bound(Batch(changed, batch.loss_mask, batch.ordinals), noise)
+    ccdd._token_bound(Batch(changed, batch.loss_mask, batch.ordinals), noise, latents=True)
     assert torch.equal(seen[0][0], seen[1][0]) and torch.equal(seen[0][1], seen[1][1])
 
 
@@ -91,7 +91,10 @@ def test_latent_dropout_hides_the_latents_and_drops_their_loss():
 
 
 def test_a_leaky_encoder_is_never_called_a_bound():
-    ccdd = build("ccdd", leaky_encoder=True)
-    figure = next(figure for figure in ccdd.figures if figure.name == "token_bound")
-    assert not figure.is_bound and "NOT a bound" in figure.note
-    assert build("ccdd").figures[0].is_bound
+    """Neither the name, nor the label, nor the flag of its figure says bound."""
+    ccdd = build("ccdd", leaky=True)
+    figure = ccdd.figures[0]
+    assert not figure.is_bound and "bound" not in figure.name + figure.label and "NOT a bound" in figure.note
+    batch, noise = batch_and_noise(4, purpose="validation")
+    assert set(ccdd.evaluate(batch, noise)) == {figure.name for figure in ccdd.figures}
+    assert build("ccdd").figures[0].is_bound and build("ccdd").figures[0].name == "token_bound"
