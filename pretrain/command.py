@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from braid.kernels.errors import ConfigError
 from braid.pretrain.config.help import help_text, recipe_summary
 from braid.pretrain.config.load import dump_config, load_config, recipes
 from braid.pretrain.config.validate import validate
 from braid.pretrain.exits import EXIT_CODES
+from braid.pretrain.training.outcome import write_failed_start
 
 DESCRIPTION = """Train a model. A recipe is a name (`--list` shows them) or a YAML file; `key=value` sets a field of the
 configuration over it, for example: braid pretrain demo_mdlm data.path=data/mine training.steps=500
@@ -44,12 +46,42 @@ def run(words: Sequence[str]) -> int:
             "braid pretrain needs a recipe",
             change="braid pretrain RECIPE [key=value ...]; RECIPE is a YAML file or one of " + ", ".join(recipes()),
         )
+    elif options.print_config:
+        _print_config(options.recipe, options.overrides)
     else:
-        config = load_config(options.recipe, options.overrides)
-        validate(config)  # the trainer repeats it with the number of ranks; this one comes before torch is loaded
-        if not options.print_config:
-            from braid.pretrain.training.run import main
-
-            return main(options.recipe, options.overrides)
-        sys.stdout.write(dump_config(config))
+        return _train(options.recipe, options.overrides)
     return 0
+
+
+def _print_config(recipe: str, overrides: Sequence[str]) -> None:
+    config = load_config(recipe, overrides)
+    validate(config)
+    sys.stdout.write(dump_config(config))
+
+
+def _train(recipe: str, overrides: Sequence[str]) -> int:
+    """Train, unless the configuration is wrong: that is found before torch is loaded, and left in the run directory."""
+    try:
+        validate(load_config(recipe, overrides))  # the trainer repeats it with the number of ranks
+    except ConfigError as error:
+        run_dir = _run_dir(recipe, overrides)
+        if run_dir and run_dir.is_dir():
+            write_failed_start(run_dir, error)
+        raise
+    from braid.pretrain.training.run import main
+
+    return main(recipe, overrides)
+
+
+def _run_dir(recipe: str, overrides: Sequence[str]) -> Path | None:
+    """The run directory of a configuration that may not load; None where it is not clear which was meant."""
+    named = [text for text in overrides if text.startswith("run.dir=")]
+    others = [text for text in overrides if text.startswith("run.")]  # one of them may be a misspelt run.dir
+    for source, given in ((recipe, named or others), (recipes()[0], named)):
+        try:
+            if given or source == recipe:
+                folder = load_config(source, given).run.dir
+                return Path(folder) if folder.strip() else None
+        except ConfigError:
+            continue
+    return None

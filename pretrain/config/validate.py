@@ -11,9 +11,11 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+from braid.kernels.errors import ConfigError
 from braid.pretrain.config.problem import Problem, configuration_error, listed, nearest
 from braid.pretrain.config.schema import (
     OBJECTIVES,
+    ARConfig,
     CCDDConfig,
     Config,
     EncoderConfig,
@@ -24,6 +26,7 @@ from braid.pretrain.config.schema import (
 )
 
 CONTINUOUS_WEIGHTS = ("uniform", "snr", "min_snr", "inv_snr", "sqrt_snr", "ddpm_x", "karras", "elbo")
+SEEDS = range(2**64)
 SHORTEST_ROW = {"wrap": 4, "stream": 2}  # BOS + two tokens + EOS; one token to predict the next from
 
 
@@ -32,6 +35,14 @@ def validate(config: Config, *, world_size: int = 1) -> None:
     found = problems(config, world_size=world_size)
     if found:
         raise configuration_error(found)
+
+
+def check_seed(seed: int) -> None:
+    """Raise ConfigError when the `--seed` of a command is no key of the random numbers."""
+    if seed not in SEEDS:
+        raise ConfigError(
+            "--seed must be a key of 64 bits", found=str(seed), change=f"take a number from 0 to {SEEDS[-1]}"
+        )
 
 
 def problems(config: Config, *, world_size: int = 1) -> list[Problem]:
@@ -96,7 +107,7 @@ class _Check:
 def _run_and_data(check: _Check, config: Config) -> None:
     run, data = config.run, config.data
     check.filled("run.dir", run.dir)
-    if not 0 <= run.seed < 2**64:
+    if run.seed not in SEEDS:
         check.add(f"run.seed = {run.seed} must be a key of 64 bits", change="take a number from 0 to 2^64 - 1")
     check.one_of("run.device", run.device, ("auto", "cpu", "cuda"))
     check.one_of("run.precision", run.precision, ("fp32", "bf16"))
@@ -277,12 +288,25 @@ def _rest(check: _Check, config: Config) -> None:
     check.one_of("checkpoint.resume", checkpoint.resume, ("auto", "never"))
     check.at_least("sampling.steps", sampling.steps, 1)
     check.one_of("sampling.continuous_sampler", sampling.continuous_sampler, ("ddim", "ddpm"))
-    check.at_least("sampling.guidance", sampling.guidance, 0)
+    if check.at_least("sampling.guidance", sampling.guidance, 0):
+        unguided = why_unguided(config.objective)
+        if sampling.guidance != 1 and unguided:
+            found = f"sampling.guidance = {sampling.guidance}"
+            check.add(f"there is nothing to guide: {unguided}", found, "sampling.guidance=1")
     check.positive("sampling.temperature", sampling.temperature)
     check.within("sampling.top_p", sampling.top_p, "(]", 0, 1)
     check.one_of("telemetry.wandb", telemetry.wandb, ("off", "online", "offline"))
     if telemetry.wandb != "off":
         check.filled("telemetry.wandb_project", telemetry.wandb_project)
+
+
+def why_unguided(objective: ARConfig | MDLMConfig | CCDDConfig) -> str:
+    """Why the latents of such a model cannot guide it; empty when they can."""
+    if not isinstance(objective, CCDDConfig):
+        return f"only joint models have latents, and the objective is {objective.name}"
+    if objective.latent_dropout == 0:
+        return "with objective.latent_dropout = 0 the model never learns to predict without latents"
+    return ""
 
 
 def _around(number: int, factor: int) -> tuple[int, int]:

@@ -53,6 +53,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Estimate]]:
     from braid.kernels.reference import MAX_DRAWS
     from braid.parallel.data_parallel import World, pick_device
     from braid.pretrain.checkpoint.snapshot import load_model
+    from braid.pretrain.config.validate import check_seed
     from braid.pretrain.training.precision import autocast, prepare_process
 
     from .bound import evaluate_rows, unigram_entropy
@@ -63,11 +64,12 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Estimate]]:
         raise ConfigError(
             "unknown metric", found=", ".join(unknown) or "none", change=f"choose from {', '.join(METRICS)}"
         )
-    least = {"draws": 1, "batch-size": 1, "samples": 1, "sequences": 0, "seed": 0}
+    least = {"draws": 1, "batch-size": 1, "samples": 1, "sequences": 0}
     for name, smallest in least.items():
         value = getattr(args, name.replace("-", "_"))
         if value < smallest:
             raise ConfigError(f"--{name} must be at least {smallest}", found=str(value))
+    check_seed(args.seed)
     if args.draws > MAX_DRAWS:
         raise ConfigError("too many draws", found=str(args.draws), change=f"the noise counter holds {MAX_DRAWS}")
 

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from braid.pretrain.config.problem import Problem
+    from braid.pretrain.config.schema import ARConfig, CCDDConfig, MDLMConfig, SamplingConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,30 +37,22 @@ def main(args: argparse.Namespace) -> int:
     """Draw, print and write the samples. Exit code 0; errors are BraidErrors (2)."""
     import torch
 
-    from braid.kernels.errors import ConfigError
     from braid.parallel.data_parallel import pick_device
     from braid.pretrain.checkpoint.snapshot import load_model
+    from braid.pretrain.config.problem import configuration_error
+    from braid.pretrain.config.validate import check_seed
     from braid.pretrain.training.precision import autocast
 
     from .output import write_samples
-    from .prompts import Prompt, infill_prompts, no_prompt, prefix_prompt
+    from .prompts import Prompt, infill_prompts, no_prompt, prefix_length, prefix_prompt
     from .sampler import Samples, draw_samples
 
+    check_seed(args.seed)
     model = load_model(args.checkpoint, pick_device(args.device), use_ema=not args.raw_weights)
     settings = _settings(args, model.config.sampling)
-    problems = [
-        f"--{name} {value} must be {rule}"
-        for name, value, rule, wrong in [
-            ("num", args.num, "at least 1", args.num < 1),
-            ("batch-size", args.batch_size, "at least 1", args.batch_size < 1),
-            ("steps", settings.steps, "at least 1", settings.steps < 1),
-            ("temperature", settings.temperature, "positive", settings.temperature <= 0),
-            ("top-p", settings.top_p, "in (0, 1]", not 0 < settings.top_p <= 1),
-        ]
-        if wrong
-    ]
+    problems = _problems(args, settings, model.config.objective)
     if problems:
-        raise ConfigError("the sampler's settings are wrong", found="; ".join(problems))
+        raise configuration_error(problems)
     length, wrapped = model.config.data.sequence_length, model.config.data.packing == "wrap"
     if args.prompt is not None:
         prompt = prefix_prompt(args.prompt, args.num, length, model.tokenizer, wrapped=wrapped)
@@ -62,6 +60,8 @@ def main(args: argparse.Namespace) -> int:
         prompt = infill_prompts(args.infill, args.num, length, model.tokenizer, wrapped=wrapped)
     else:
         prompt = no_prompt(args.num, length)
+    if model.objective.causal:
+        prefix_length(prompt)  # of all prompts together: what is refused must not depend on the batch size
 
     parts: list[Samples] = []
     total = len(prompt.tokens)
@@ -82,7 +82,38 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(args: argparse.Namespace, defaults):
+def _problems(
+    args: argparse.Namespace, settings: SamplingConfig, objective: ARConfig | MDLMConfig | CCDDConfig
+) -> list[Problem]:
+    """What is wrong with the sampler's settings, and with options that a model of this objective would ignore."""
+    from braid.pretrain.config.problem import Problem
+    from braid.pretrain.config.validate import why_unguided
+
+    problems = [
+        Problem(f"--{name} {value} must be {rule}", change=f"for example --{name} {example}")
+        for name, value, rule, right, example in [
+            ("num", args.num, "at least 1", args.num >= 1, 4),
+            ("batch-size", args.batch_size, "at least 1", args.batch_size >= 1, 16),
+            ("steps", settings.steps, "at least 1", settings.steps >= 1, 64),
+            ("guidance", settings.guidance, "at least 0 and finite", 0 <= settings.guidance < math.inf, 1),
+            ("temperature", settings.temperature, "positive and finite", 0 < settings.temperature < math.inf, 1),
+            ("top-p", settings.top_p, "in (0, 1]", 0 < settings.top_p <= 1, 1),
+        ]
+        if not right
+    ]
+    unguided = why_unguided(objective)
+    if objective.name == "ccdd":
+        if settings.guidance != 1 and unguided:
+            found = f"guidance {settings.guidance}"
+            problems.append(Problem(f"there is nothing to guide: {unguided}", found, "--guidance 1"))
+    else:
+        for name, value in (("sampler", args.sampler), ("guidance", args.guidance)):
+            if value is not None:
+                problems.append(Problem(f"--{name} {value} would be ignored: {unguided}", change=f"leave out --{name}"))
+    return problems
+
+
+def _settings(args: argparse.Namespace, defaults: SamplingConfig) -> SamplingConfig:
     from dataclasses import replace
 
     given = {

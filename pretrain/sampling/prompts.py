@@ -45,7 +45,11 @@ def infill_prompts(file: Path, num: int, length: int, tokenizer: Tokenizer, *, w
     """
     rows = []
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")  # JSON texts may hold what splitlines would split at
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"the infill file {file} is not UTF-8 text", found=str(error), change="save it in UTF-8"
+        ) from error
     except OSError as error:
         raise InputError(
             f"cannot read the infill file {file}: {error.strerror}", change="give an existing file"
@@ -55,6 +59,8 @@ def infill_prompts(file: Path, num: int, length: int, tokenizer: Tokenizer, *, w
             continue
         try:
             text = json.loads(line)["text"]
+            if not isinstance(text, str):
+                raise TypeError
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise InputError(
                 f"{file}, line {number}: not a JSON object with a text",
@@ -69,6 +75,31 @@ def infill_prompts(file: Path, num: int, length: int, tokenizer: Tokenizer, *, w
     return _pinned(rows, length, tokenizer, wrapped=wrapped)
 
 
+def prefix_length(prompt: Prompt) -> int:
+    """How many tokens each row begins with: all that a model that writes from left to right can be given.
+
+    The EOS that closes a wrapped row does not count; such a model writes its own.
+
+    Raises:
+        InputError: something else is known, or not as much of every row.
+    """
+    known = prompt.known.clone()
+    if known[:, -1].all() and not known.all():
+        known[:, -1] = False
+    if not torch.equal(known, known.cumprod(1).bool()):
+        raise InputError(
+            "an AR model cannot infill: it only continues a prefix", change="use --prompt, or a diffusion model"
+        )
+    shortest, longest = int(known.sum(1).min()), int(known.sum(1).max())
+    if shortest != longest:
+        raise InputError(
+            "an AR model continues prefixes of one length at a time",
+            found=f"prompts of {shortest} to {longest} tokens",
+            change="give each length its own file, or use a diffusion model",
+        )
+    return longest
+
+
 def _pinned(rows: list[list[tuple[str, int]]], length: int, tokenizer: Tokenizer, *, wrapped: bool) -> Prompt:
     prompt = no_prompt(len(rows), length)
     start, end = (1, length - 1) if wrapped else (0, length)
@@ -76,6 +107,8 @@ def _pinned(rows: list[list[tuple[str, int]]], length: int, tokenizer: Tokenizer
         prompt.tokens[:, 0], prompt.tokens[:, -1] = tokenizer.bos_id, tokenizer.eos_id
         prompt.known[:, 0] = prompt.known[:, -1] = True
     for index, row in enumerate(rows):
+        for text, _ in row:
+            _check_unicode(text)
         position = start
         for ids, gap in zip(tokenizer.encode_batch([text for text, _ in row]), [gap for _, gap in row], strict=True):
             if position + len(ids) + gap > end:
@@ -88,3 +121,11 @@ def _pinned(rows: list[list[tuple[str, int]]], length: int, tokenizer: Tokenizer
             prompt.known[index, position : position + len(ids)] = True
             position += len(ids) + gap
     return prompt
+
+
+def _check_unicode(text: str) -> None:
+    """Half a surrogate pair, as the shell's stray bytes and JSON's escapes can make, is no text to tokenise."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError("the prompt is not UTF-8 text", found=ascii(text[:80]), change="write it in UTF-8") from error

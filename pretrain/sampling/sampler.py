@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from braid.kernels import random
-from braid.kernels.errors import InputError
 from braid.kernels.random import Stream, fold_key
 from braid.pretrain.config.schema import SamplingConfig
 from braid.pretrain.diffusion.absorbing import unmask_probability, without_mask
@@ -22,7 +21,7 @@ from braid.pretrain.diffusion.gaussian import ddim_step, ddpm_step, noised
 from braid.pretrain.objectives.base import Objective
 from braid.pretrain.objectives.ccdd import CCDD
 
-from .prompts import Prompt
+from .prompts import Prompt, prefix_length
 
 
 @dataclass
@@ -150,16 +149,7 @@ def _autoregressive(
     progress: Callable[[int, int], None],
 ) -> Samples:
     """Left to right, one call a token that is not known. Only prefixes can be known."""
-    tokens, length = prompt.tokens.clone(), prompt.tokens.shape[1]
-    wrapped_end = prompt.known[:, -1].all() and not prompt.known.all()
-    known = prompt.known.clone()
-    if wrapped_end:
-        known[:, -1] = False  # the EOS that closes a wrapped row; the model writes its own
-    prefix = int(known.sum(1).max())
-    if not torch.equal(known, known.cumprod(1).bool()) or not (known.sum(1) == prefix).all():
-        raise InputError(
-            "an AR model cannot infill: it only continues a prefix", change="use --prompt, or a diffusion model"
-        )
+    tokens, length, prefix = prompt.tokens.clone(), prompt.tokens.shape[1], prefix_length(prompt)
     samples = Samples(tokens, 0)
     for position in range(prefix, length):
         shifted = torch.roll(tokens, 1, dims=1)

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from braid.kernels.errors import BraidError, ConfigError
+from braid.kernels.errors import BraidError, ConfigError, TrainingFailed
 from braid.parallel.data_parallel import World, init_world
 from braid.pretrain.checkpoint.store import CheckpointStore
 from braid.pretrain.config.load import load_config
@@ -17,11 +17,8 @@ from braid.pretrain.config.validate import validate
 from braid.pretrain.exits import INTERRUPTED
 
 from .loop import Trainer
-from .outcome import clear_outcome, write_outcome
+from .outcome import STATUS, clear_outcome, write_failed_start, write_outcome
 from .precision import prepare_process
-
-STATUS = {2: "bad_config", 3: "preempted", 4: "failed", 5: "data_exhausted"}
-"""What outcome.json calls each exit code."""
 
 
 def main(recipe: str, overrides: Sequence[str]) -> int:
@@ -32,16 +29,36 @@ def main(recipe: str, overrides: Sequence[str]) -> int:
 
 def pretrain(config: Config) -> int:
     """Train `config` in this process (and its peers, under torchrun) and leave outcome.json in the run directory."""
-    world = init_world(config.run.device)
-    try:
-        with _outcome(config, world):
+    run_dir = Path(config.run.dir)
+    with ExitStack() as stack:
+        try:
+            world = init_world(config.run.device)
+            stack.callback(world.close)
             validate(config, world_size=world.size)
+        except BraidError as error:
+            write_failed_start(run_dir, error)
+            raise
         prepare_process(config.run)
-        store = CheckpointStore(Path(config.run.dir) / "checkpoints", keep=config.checkpoint.keep)
-        with _writing(store, config, world):
+        store = CheckpointStore(run_dir / "checkpoints", keep=config.checkpoint.keep)
+        with _writing(store, run_dir, world):
             return _train(config, world, store)
-    finally:
-        world.close()
+
+
+@contextmanager
+def _writing(store: CheckpointStore, run_dir: Path, world: World) -> Iterator[None]:
+    """Rank 0 makes the run directory and holds its lock; a problem it meets is raised on every rank."""
+    problem = None
+    with ExitStack() as stack:
+        if world.rank == 0:
+            try:
+                stack.enter_context(store)
+                clear_outcome(run_dir)  # before any rank can end: a kill must not be taken for the last start's ending
+            except BraidError as error:
+                problem = error
+        problem = world.broadcast_object(problem)
+        if problem is not None:
+            raise problem
+        yield
 
 
 @dataclass
@@ -52,15 +69,15 @@ class _Ending:
 
 
 @contextmanager
-def _outcome(config: Config, world: World) -> Iterator[_Ending]:
-    """Write outcome.json when the block fails, or has trained: torchrun does not pass exit codes through."""
+def _outcome(run_dir: Path, world: World) -> Iterator[_Ending]:
+    """Write outcome.json when the block ends: rank 0 however it does, every other rank when it failed by itself."""
     ending = _Ending()
-    status, code, message = "failed", 1, ""
+    status, code, message, own = "failed", 1, "", True
     try:
         yield ending
-        status, code = "done", 0
+        status, code, own = "done", 0, False
     except BraidError as error:
-        status, code, message = STATUS[error.exit_code], error.exit_code, str(error)
+        status, code, message, own = STATUS[error.exit_code], error.exit_code, str(error), not _lost_a_peer(error)
         raise
     except KeyboardInterrupt:
         code, message = INTERRUPTED, "interrupted"
@@ -69,39 +86,21 @@ def _outcome(config: Config, world: World) -> Iterator[_Ending]:
         message = f"{type(error).__name__}: {error}"
         raise
     finally:
-        if world.rank == 0 and (code or ending.trainer):
+        if own or world.rank == 0:
             step = ending.trainer.step if ending.trainer else None
-            write_outcome(Path(config.run.dir), status, code, step, message)
+            write_outcome(run_dir, status, code, step, message, world.rank)
 
 
-@contextmanager
-def _writing(store: CheckpointStore, config: Config, world: World) -> Iterator[None]:
-    """Rank 0 makes the run directory and holds its lock; a problem it meets is raised on every rank."""
-    problem = None
-    with ExitStack() as stack:
-        if world.rank == 0:
-            try:
-                stack.enter_context(store)
-                if config.checkpoint.resume == "never" and store.steps():
-                    problem = ConfigError(
-                        "the run directory already holds checkpoints and checkpoint.resume is never",
-                        found=config.run.dir,
-                        change="choose another run.dir, or checkpoint.resume=auto to continue",
-                    )
-            except BraidError as error:
-                problem = error
-        problem = world.broadcast_object(problem)
-        if problem is not None:
-            raise problem
-        yield
+def _lost_a_peer(error: BraidError) -> bool:
+    """Whether a collective failed, so that the cause is some other rank's. `World` raises it from the backend's own."""
+    return isinstance(error, TrainingFailed) and isinstance(error.__cause__, RuntimeError)
 
 
 def _train(config: Config, world: World, store: CheckpointStore) -> int:
-    if world.rank == 0:
-        clear_outcome(Path(config.run.dir))  # a kill must not be taken for the ending of the start before it
     trainer = None
     try:
-        with _outcome(config, world) as ending:
+        with _outcome(Path(config.run.dir), world) as ending:
+            _check_unused(config, world, store)
             trainer = Trainer(config, world, store)
             ending.trainer = trainer
             trainer.train()
@@ -110,3 +109,24 @@ def _train(config: Config, world: World, store: CheckpointStore) -> int:
             trainer.close(failed=sys.exc_info()[0] is not None)
     trainer.say(f"done: step {trainer.step}, everything is in {config.run.dir}")
     return 0
+
+
+def _check_unused(config: Config, world: World, store: CheckpointStore) -> None:
+    """checkpoint.resume = never: refuse a directory that holds what this run would overwrite."""
+    if config.checkpoint.resume != "never":
+        return
+    metrics = Path(config.run.dir) / "metrics.jsonl"
+    held = None
+    if world.rank == 0:
+        held = "checkpoints" if store.steps() else None
+        if held is None and metrics.exists() and metrics.stat().st_size:
+            held = "metrics"
+    held = world.broadcast_object(held)
+    if held:
+        raise ConfigError(
+            f"the run directory already holds {held} and checkpoint.resume is never",
+            found=config.run.dir,
+            change="choose another run.dir, or checkpoint.resume=auto to continue"
+            if held == "checkpoints"
+            else f"choose another run.dir, or move {metrics} away",
+        )

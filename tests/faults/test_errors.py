@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -203,7 +202,8 @@ def test_an_interrupted_start_leaves_nothing_half(trainers: Trainers, tmp_path: 
     """Told to stop while a model is being built that takes seconds: there is nothing to save yet."""
     process = trainers.start("tiny_mdlm", "run", model__width=512, model__num_layers=32, model__num_heads=8)
     process.wait_until(lambda: (tmp_path / "run" / "checkpoints").exists())
-    time.sleep(0.3)
+    before = process.cpu_seconds()
+    process.wait_until(lambda: process.cpu_seconds() > before + 0.3)
     process.signal(signal.SIGINT)
     assert_refused(process, 130, "braid: interrupted", run_dir=tmp_path / "run")
     assert checkpoints(tmp_path / "run") == []

@@ -9,12 +9,29 @@ from pathlib import Path
 import pytest
 from training_runs import Trainers, assert_outcome, assert_refused, checkpoints, has_lines, last_checkpoint, steps_of
 
+from braid.pretrain.training.outcome import read_outcome
+
 ENDLESS = {"training__steps": 10**6, "training__log_every": 1}
 LONG_VALIDATION = {
     "training__validate_every": 1, "training__validation_sequences": 10**6, "training__micro_batch_size": 1,
     "model__num_layers": 24,
 }  # fmt: skip
 """Some seconds of it."""
+
+
+def test_what_was_preempted_and_then_killed_has_no_ending(trainers: Trainers, tmp_path: Path) -> None:
+    """Whoever restarts it must not take the outcome of the start before for this one's."""
+    run_dir = tmp_path / "run"
+    process = trainers.start("tiny_mdlm", "run", **ENDLESS)
+    process.wait_until(lambda: has_lines(run_dir))
+    process.signal(signal.SIGTERM)
+    assert process.wait() == assert_outcome(run_dir, 3)["exit_code"]
+    steps = len(steps_of(run_dir))
+    process = trainers.start("tiny_mdlm", "run", **ENDLESS)
+    process.wait_until(lambda: len(steps_of(run_dir)) > steps)
+    assert read_outcome(run_dir) is None
+    process.signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and read_outcome(run_dir) is None
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])

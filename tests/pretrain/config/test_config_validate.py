@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from braid.kernels.errors import ConfigError
 from braid.pretrain.config.load import load_config
 from braid.pretrain.config.schema import ARConfig, Config
-from braid.pretrain.config.validate import problems, validate
+from braid.pretrain.config.validate import check_seed, problems, validate
 
 RECIPE = {"objective.loss": "tiny_mdlm", "objective.schedule_eps": "tiny_mdlm", "objective.time_min": "tiny_mdlm"}
 
@@ -180,6 +180,23 @@ def test_ignored_settings_are_problems():
     assert "ignored" in the_problem("optimizer.schedule=cosine", "optimizer.decay_steps=3").what
     assert "ignored" in the_problem("objective.encoder.kind=random", "objective.encoder.path=x").what
     assert "ignored" in the_problem("objective.encoder.kind=random", "objective.encoder.layer=0").what
+
+
+def test_guidance_of_a_model_that_cannot_be_guided():
+    for name in ("tiny_ar", "tiny_mdlm"):
+        problem = the_problem("sampling.guidance=1.5", recipe=name)
+        assert "only joint models have latents" in problem.what and problem.found == "sampling.guidance = 1.5"
+        assert found("sampling.guidance=1.5", problem.change, recipe=name) == []
+    assert "latent_dropout = 0" in the_problem("sampling.guidance=0", "objective.latent_dropout=0").what
+    assert found("objective.latent_dropout=0") == found("sampling.guidance=2.5") == []
+
+
+def test_the_seed_of_a_command_is_a_key():
+    for seed in (0, 2**64 - 1):
+        check_seed(seed)
+    for seed in (-1, 2**64):
+        with pytest.raises(ConfigError, match=f"--seed must be .*\n.*{seed}\n.*from 0 to 18446744073709551615"):
+            check_seed(seed)
 
 
 def test_schedules_that_do_not_fit_show_the_sum():

@@ -57,23 +57,58 @@ def test_clean_latents_would_leak():
     assert not torch.equal(corrupted.latents, other.latents)
 
 
-def test_p_r_is_drawn_per_sequence():
-    """Half the sequences see visible tokens only; in the others a share of the masked tokens is shown."""
-    ccdd = build("ccdd", latent_dropout=0.0)
-    batch, noise = batch_and_noise(4000)
-    ccdd.schedule = replace(ccdd.schedule, name="flow_linear")
-    hidden_shares = []
-    encode = ccdd.encoder.encode
-    calls = []
+def hidden_shares(ccdd, batch, noise):
+    """The corrupted batch, and per sequence the share of its masked tokens that was hidden from the encoder; NaN where
+    fewer than 8 are masked."""
+    encode, calls = ccdd.encoder.encode, []
     ccdd.encoder.encode = lambda tokens, hidden: (calls.append(hidden), encode(tokens, hidden))[1]
     corrupted = ccdd.corrupt(batch, noise)
     hidden = calls[0]
     assert not (hidden & ~corrupted.masked).any()
-    many = corrupted.masked.sum(1) >= 8
-    hidden_shares = (hidden.sum(1) / corrupted.masked.sum(1).clamp(min=1))[many]
-    full = float((hidden_shares == 1).double().mean())
+    num_masked = corrupted.masked.sum(1)
+    return corrupted, torch.where(num_masked >= 8, hidden.sum(1) / num_masked, torch.nan)
+
+
+def test_p_r_is_drawn_per_sequence():
+    """Half the sequences see visible tokens only; in the others a share of the masked tokens is shown."""
+    ccdd = build("ccdd", latent_dropout=0.0)
+    _, shares = hidden_shares(ccdd, *batch_and_noise(4000))
+    shares = shares[~shares.isnan()]
+    full = float((shares == 1).double().mean())
     assert 0.5 <= full < 0.62  # half by the coin, a few more where p_r is near 1
-    assert abs(float(hidden_shares[hidden_shares < 1].mean()) - 0.45) < 0.05
+    assert abs(float(shares[shares < 1].mean()) - 0.45) < 0.05
+
+
+def test_full_visibility_p_r_and_latent_dropout_are_independent():
+    """What is hidden from the encoder has the same law in sequences with latents and without."""
+    ccdd = build("ccdd", latent_dropout=0.5)
+    corrupted, shares = hidden_shares(ccdd, *batch_and_noise(8000))
+    kept, enough = corrupted.latent_weight == 1, ~shares.isnan()
+    with_latents, without = shares[kept & enough], shares[~kept & enough]
+    assert min(len(with_latents), len(without)) > 1000
+    full = [float((part == 1).double().mean()) for part in (with_latents, without)]
+    partial = [float(part[part < 1].mean()) for part in (with_latents, without)]
+    assert full[0] == pytest.approx(full[1], abs=0.08)  # some 5 standard errors
+    assert partial[0] == pytest.approx(partial[1], abs=0.08)
+
+
+def test_the_network_learns_the_representation_of_the_whole_text(ccdd):
+    """The latent target is E(x_0) at every position, hidden or not: standardised rows of the table, in float64."""
+    batch, noise = batch_and_noise(32)
+    corrupted = ccdd.corrupt(batch, noise)
+    assert corrupted.masked.any()  # and at p_r = 1 all of these are hidden
+    rows = ccdd.encoder.table.double()[batch.tokens]
+    rows = rows - rows.mean(-1, keepdim=True)
+    expected = rows / (rows.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert torch.allclose(corrupted.latent_targets.double(), expected, atol=1e-5)
+
+
+def test_training_times_keep_off_both_ends():
+    ccdd = build("ccdd", time_eps=0.1)
+    batch, noise = batch_and_noise(64)
+    times = ccdd.corrupt(batch, noise).times
+    assert torch.allclose(times, 0.1 + 0.8 * noise.strata, rtol=1e-12)
+    assert 0.1 <= float(times.min()) < 0.12 and 0.88 < float(times.max()) <= 0.9
 
 
 def test_latent_dropout_hides_the_latents_and_drops_their_loss():

@@ -2,29 +2,16 @@
 
 import itertools
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from braid.data_pipeline.loader import Batch
-from braid.kernels.random import fold_key
-from braid.pretrain.diffusion.times import evaluation_strata
-from braid.pretrain.model.backbone import Prediction
 from braid.pretrain.objectives.base import Noise
-from braid.pretrain.objectives.mdlm import BOUND
 
-from .conftest import BOS, MASK, VOCAB, batch_and_noise, build
-
-
-def float64_nats(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """-log softmax over the vocabulary without the mask, written out in float64."""
-    logits = logits.double()
-    clean = torch.cat([logits[..., :MASK], logits[..., MASK + 1 :]], -1)
-    assert targets.max() < MASK
-    return torch.logsumexp(clean, -1) - logits.gather(-1, targets[..., None]).squeeze(-1)
+from .conftest import BOS, LATENT_DIM, MASK, VOCAB, batch_and_noise, build
+from .references import GivenNoise, Oracle, SameAnswer, float64_nats, given_mask, toy_law
 
 
 @pytest.mark.parametrize("weighting", ["elbo", "low_variance"])
@@ -39,7 +26,7 @@ def test_mdlm_loss_is_the_closed_form(weighting):
     weight = (1 - eps) / ((1 - eps) * t) if weighting == "elbo" else torch.ones_like(t)
     expected = float((weight[:, None] * nats * (corrupted.tokens == MASK)).sum().detach())
     loss = objective.loss(prediction, corrupted)
-    assert float(loss.total.double()) == pytest.approx(expected, rel=1e-6)
+    assert float(loss.total.detach()) == pytest.approx(expected, rel=1e-6)
     # times are mapped to [1e-3, 1] and the survival is 1 - (1 - 1e-3) t
     assert torch.equal(t, 1e-3 + (1 - 1e-3) * noise.strata)
     rate = (corrupted.masked.double().mean(1) - (1 - eps) * t).mean().abs()
@@ -50,7 +37,8 @@ def test_ccdd_loss_is_the_closed_form():
     objective = build("ccdd", latent_dropout=0.4)
     batch, noise = batch_and_noise(64)
     corrupted = objective.corrupt(batch, noise)
-    prediction = objective.predict(corrupted)
+    with torch.no_grad():
+        prediction = objective.predict(corrupted)
     t = corrupted.times
     token = 2 * (1 - t)[:, None] * float64_nats(prediction.logits, batch.tokens) * (corrupted.tokens == MASK)
     kept = torch.all(corrupted.latents == 0, dim=-1).all(-1).logical_not()
@@ -85,43 +73,6 @@ def test_ar_probabilities_sum_to_one():
     assert float((-objective.evaluate(batch, noise)["nll"]).exp().sum()) == pytest.approx(1, abs=1e-6)
 
 
-class Oracle(torch.nn.Module):
-    """The Bayes denoiser of a known law over short sequences: exact posteriors p(x_0^l | visible tokens)."""
-
-    def __init__(self, sequences: torch.Tensor, probabilities: torch.Tensor) -> None:
-        super().__init__()
-        self.sequences, self.probabilities = sequences, probabilities
-        self.anchor = torch.nn.Parameter(torch.zeros(1))
-
-    def forward(self, tokens, times=None, latents=None, dropout=None) -> Prediction:
-        logits = torch.full((*tokens.shape, VOCAB), -1e30, dtype=torch.float64)
-        for row, visible in enumerate(tokens):
-            known = visible != MASK
-            fits = (self.sequences[:, known] == visible[known]).all(1)
-            weights = self.probabilities * fits
-            for position in range(len(visible)):
-                mass = torch.zeros(VOCAB, dtype=torch.float64)
-                mass.index_add_(0, self.sequences[:, position], weights)
-                logits[row, position] = (mass / mass.sum()).clamp(min=1e-300).log()
-        return Prediction(logits)
-
-
-def toy_law(length: int, vocabulary: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    sequences = torch.tensor(list(itertools.product(range(vocabulary), repeat=length)))
-    logits = torch.randn(len(sequences), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 1.5
-    return sequences, logits.softmax(0)
-
-
-@dataclass(frozen=True)
-class GivenMask(Noise):
-    """Noise whose uniforms mask exactly the positions of `mask`, whatever the time."""
-
-    mask: torch.Tensor = None
-
-    def uniforms(self, num_positions, *, word=0):
-        return torch.where(self.mask, 0.0, 1.0)
-
-
 def exact_bound(objective, sequences: torch.Tensor) -> torch.Tensor:
     """E over masks (all of them) and times (Gauss-Legendre) of one draw of the bound: float64 [num sequences]."""
     num, length = sequences.shape
@@ -134,7 +85,7 @@ def exact_bound(objective, sequences: torch.Tensor) -> torch.Tensor:
         time = 1e-5 + (1 - 1e-5) * node
         for mask in itertools.product([False, True], repeat=length):
             probability = time ** sum(mask) * (1 - time) ** (length - sum(mask))
-            noise = GivenMask(0, ordinals, strata, mask=torch.tensor(mask).expand(num, -1))
+            noise = given_mask(strata, torch.tensor(mask).expand(num, -1))
             total += weight * probability * objective.evaluate(batch, noise)["bound"]
     return total
 
@@ -157,41 +108,88 @@ def test_mdlm_bound_is_a_bound_and_tight_for_the_bayes_denoiser():
         assert float((law * exact_bound(objective, sequences)).sum()) > entropy + 0.01
 
 
+LAW = torch.randn(VOCAB - 1, generator=torch.Generator().manual_seed(5), dtype=torch.float64).softmax(0)
+"""p(x_0 | x_t) of a network that always says the same."""
+TOKEN = 3
+
+
+def nats_at(name: str, which: str, t: float, *, masked: bool = True) -> float:
+    """One token that is masked at time t, or not: its nats by `loss`, or those of a figure of `evaluate` per unit of
+    time (divided by the length of the range its times are drawn from)."""
+    options = {"mdlm": {"loss": "elbo"}, "ccdd": {"token_weight": "elbo", "latent_dropout": 0.0}}[name]
+    objective = build(name, **options)
+    objective.network = SameAnswer(LAW, LATENT_DIM)
+    first, last = {"mdlm": (1e-3, 1.0), "ccdd": (1e-4, 1 - 1e-4)}[name] if which == "loss" else (1e-5, 1.0)
+    strata = torch.tensor([(t - first) / (last - first)], dtype=torch.float64)
+    noise = given_mask(strata, torch.tensor([[masked]]))
+    batch = Batch(torch.tensor([[TOKEN]]), torch.tensor([[True]]), torch.tensor([0]))
+    if which != "loss":
+        return float(objective.evaluate(batch, noise)[which]) / (last - first)
+    corrupted = objective.corrupt(batch, noise)
+    assert float(corrupted.times) == pytest.approx(t, rel=1e-12)
+    loss = objective.loss(objective.predict(corrupted), corrupted)
+    return float(loss.terms["token_loss"])
+
+
+WAYS = [("mdlm", "loss"), ("mdlm", "bound"), ("ccdd", "loss"), ("ccdd", "token_bound"),
+        ("ccdd", "token_bound_latents_off")]  # fmt: skip
+
+
 @pytest.mark.parametrize("t", [0.9, 0.5, 0.1])
-def test_mdlm_integrand_is_the_rate_of_kl_between_true_and_model_posteriors(t):
-    """Finite-step float64 KL(q(x_s|x_t,x_0) || p(x_s|x_t)) / dt against weight x cross-entropy, relative 5e-5.
+@pytest.mark.parametrize("name, which", WAYS)
+def test_nats_are_the_rate_of_kl_between_true_and_model_posteriors(name, which, t):
+    """Finite-step float64 KL(q(x_s|x_t,x_0) || p(x_s|x_t)) / dt of a masked token, relative 5e-5; a visible one's is 0.
 
     The posteriors are written out over all values of one token; nothing of the objective is used for them.
     """
-    generator = torch.Generator().manual_seed(int(t * 10))
-    p = torch.randn(VOCAB - 1, generator=generator, dtype=torch.float64).softmax(0)  # model's p(x_0 | x_t)
-    x_0, dt = 3, 1e-6
-    s = t - dt
-    alpha_t, alpha_s = 1 - t, 1 - s
+    eps = 1e-3 if (name, which) == ("mdlm", "loss") else 0.0
+    s = t - 1e-6
+    alpha_t, alpha_s = 1 - (1 - eps) * t, 1 - (1 - eps) * s
     reveal = (alpha_s - alpha_t) / (1 - alpha_t)
     true = torch.zeros(VOCAB, dtype=torch.float64)
-    true[x_0], true[MASK] = reveal, 1 - reveal
-    model = torch.cat([reveal * p, torch.tensor([1 - reveal], dtype=torch.float64)])
+    true[TOKEN], true[MASK] = reveal, 1 - reveal
+    model = torch.cat([reveal * LAW, torch.tensor([1 - reveal], dtype=torch.float64)])
     kl = float((true[true > 0] * (true[true > 0] / model[true > 0]).log()).sum())
-    rate = (1 - alpha_t) * kl / dt  # the token is masked with probability 1 - alpha_t; else both posteriors agree
-    time = torch.tensor(t, dtype=torch.float64)
-    integrand = float((1 - BOUND.alpha(time)) * BOUND.elbo_weight(time) * -p[x_0].log())
-    assert rate == pytest.approx(integrand, rel=5e-5)
+    assert nats_at(name, which, t) == pytest.approx(kl / (t - s), rel=5e-5)
+    assert nats_at(name, which, t, masked=False) == 0
 
 
-def test_gidd_elbo_without_uniform_noise_is_ce_over_t():
-    """CCDD's token process is GIDD's with p_u = 0: its ELBO weight 1/(t(1-t)) times D = (1-t) CE is CE / t."""
-    for t in (0.05, 0.5, 0.95):
-        p = torch.randn(VOCAB - 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64).softmax(0)
-        x_0, alpha = 2, 1 - t
-        q_true, q_model = torch.zeros(VOCAB, dtype=torch.float64), torch.zeros(VOCAB, dtype=torch.float64)
-        q_true[x_0], q_true[MASK] = alpha, t
-        q_model[: VOCAB - 1], q_model[MASK] = alpha * p, t
-        present = q_true > 0
-        kl = float((q_true[present] * (q_true[present] / q_model[present]).log()).sum())
-        ratio = float(q_true[MASK] / q_model[MASK])
-        itakura_saito = ratio - math.log(ratio) - 1  # at x_t = mask
-        assert (kl + itakura_saito) / (t * (1 - t)) == pytest.approx(-math.log(float(p[x_0])) / t, rel=1e-12)
+@pytest.mark.parametrize("t", [0.05, 0.5, 0.95])
+@pytest.mark.parametrize("which", ["loss", "token_bound"])
+def test_ccdd_nats_are_the_gidd_elbo_without_uniform_noise(which, t):
+    """CCDD's token process is GIDD's with p_u = 0: weight 1/(t(1-t)) times KL plus Itakura-Saito divergence at
+    x_t = mask."""
+    alpha = 1 - t
+    q_true, q_model = torch.zeros(VOCAB, dtype=torch.float64), torch.zeros(VOCAB, dtype=torch.float64)
+    q_true[TOKEN], q_true[MASK] = alpha, t
+    q_model[: VOCAB - 1], q_model[MASK] = alpha * LAW, t
+    present = q_true > 0
+    kl = float((q_true[present] * (q_true[present] / q_model[present]).log()).sum())
+    ratio = float(q_true[MASK] / q_model[MASK])
+    itakura_saito = ratio - math.log(ratio) - 1
+    assert nats_at("ccdd", which, t) == pytest.approx((kl + itakura_saito) / (t * (1 - t)), rel=1e-6)
+
+
+def test_mdlm_figures_are_their_conventions_draw_by_draw():
+    """`bound` is weight x cross-entropy times the length of [1e-5, 1]; `published` the plain mean over [1e-3, 1], of
+    a process with eps = 1e-3. Uniforms between the two processes' mask probabilities tell them apart."""
+    objective = build("mdlm")
+    batch, _ = batch_and_noise(16, padding=2)
+    u = torch.linspace(0, 0.999, 16, dtype=torch.float64)
+    t_published, t_bound = 1e-3 + (1 - 1e-3) * u, 1e-5 + (1 - 1e-5) * u
+    uniforms = torch.rand(batch.tokens.shape, generator=torch.Generator().manual_seed(0))
+    uniforms[:, 0] = ((1 - 0.5e-3) * t_published).float()  # masked were it not for eps
+    uniforms[:, 1] = ((1 - 1.5e-3) * t_published).float()
+    figures = objective.evaluate(batch, GivenNoise(0, batch.ordinals, u, given=uniforms))
+
+    def nats(masked):
+        logits = objective.network(torch.where(masked, MASK, batch.tokens), None).logits
+        return (float64_nats(logits, batch.tokens) * masked * batch.loss_mask).sum(1)
+
+    published = nats(uniforms < ((1 - 1e-3) * t_published)[:, None]) / t_published
+    bound = (1 - 1e-5) * nats(uniforms < t_bound[:, None]) / t_bound
+    assert torch.allclose(figures["published"], published, rtol=1e-6)
+    assert torch.allclose(figures["bound"], bound, rtol=1e-6)
 
 
 def test_bounds_agree_between_the_objectives_at_p_r_1_without_latents():
@@ -200,8 +198,7 @@ def test_bounds_agree_between_the_objectives_at_p_r_1_without_latents():
     with torch.no_grad():
         for parameter in ccdd.network.latent_input.linear.parameters():
             parameter.zero_()
-    mdlm.network = build("ccdd").network
-    batch, noise = batch_and_noise(8, purpose="validation")
+    batch, noise = batch_and_noise(8, purpose="validation", padding=2)
 
     class WithoutLatents(torch.nn.Module):
         def __init__(self, network):
@@ -214,32 +211,3 @@ def test_bounds_agree_between_the_objectives_at_p_r_1_without_latents():
     mdlm.network = WithoutLatents(ccdd.network)
     ours, theirs = ccdd.evaluate(batch, noise)["token_bound"], mdlm.evaluate(batch, noise)["bound"]
     assert torch.allclose(ours, theirs, rtol=1e-6)
-
-
-def test_joint_nelbo_of_an_uninformative_model_is_the_exact_cost():
-    """One fixed text and a network that knows it: the joint bound must not go below the truth, which is 0 nats."""
-    ccdd = build("ccdd", latent_sigma=0.2)
-    text = torch.randint(0, VOCAB - 1, (1, 8), generator=torch.Generator().manual_seed(3))
-    clean = ccdd.encoder.encode(text, torch.zeros_like(text, dtype=torch.bool))
-
-    class KnowsTheText(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.anchor = torch.nn.Parameter(torch.zeros(1))
-
-        def forward(self, tokens, times, latents=None, dropout=None):
-            logits = 60.0 * F.one_hot(text, VOCAB).double()
-            return Prediction(logits.expand(len(tokens), -1, -1), clean.expand(len(tokens), -1, -1))
-
-    ccdd.network = KnowsTheText()
-    num = 256
-    ordinals = torch.arange(num)
-    batch = Batch(text.expand(num, -1), torch.ones(num, 8, dtype=torch.bool), ordinals)
-    key, draws = fold_key(0, "validation"), 16
-    values = torch.stack([
-        ccdd.evaluate(batch, Noise(key, ordinals, evaluation_strata(key, ordinals, d, draws), d))["joint_nelbo"]
-        for d in range(draws)
-    ]).mean(0)  # fmt: skip
-    error = float(values.std() / math.sqrt(num))
-    assert error < 0.5
-    assert abs(float(values.mean())) < 4 * error

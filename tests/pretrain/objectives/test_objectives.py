@@ -10,6 +10,7 @@ from braid.data_pipeline.loader import Batch
 from braid.pretrain.objectives.base import Noise
 
 from .conftest import LENGTH, MASK, MODEL, VOCAB, batch_and_noise, build
+from .references import float64_nats
 
 
 def part(batch: Batch, noise: Noise, which) -> tuple[Batch, Noise]:
@@ -78,14 +79,43 @@ def test_sums_and_gradients_of_micro_batches_add_up(objective):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+def per_position_loss(objective, corrupted, prediction) -> torch.Tensor:
+    """The default losses of every position, written out in float64 [B, L]."""
+    nats, t = float64_nats(prediction.logits, corrupted.targets), corrupted.times
+    if objective.name == "ar":
+        return nats
+    nats = nats * (corrupted.tokens == MASK)
+    if objective.name == "mdlm":
+        return nats / t[:, None]
+    error = (prediction.latents.double() - corrupted.latent_targets.double()).square().clamp(max=10).mean(-1)
+    weight = (1 / (1 - t)).clamp(max=10) * (corrupted.latents != 0).any(-1).any(-1)
+    return 2 * (1 - t)[:, None] * nats + weight[:, None] * error
+
+
 def test_padding_does_not_count(objective):
-    """Tokens at padding change neither the sum of the loss there nor the count (their own loss is left out)."""
-    batch, noise = batch_and_noise(4, padding=3)
-    loss = objective.loss(objective.predict(objective.corrupt(batch, noise)), objective.corrupt(batch, noise))
-    full = Batch(batch.tokens, torch.ones_like(batch.loss_mask), batch.ordinals)
-    everything = objective.loss(objective.predict(objective.corrupt(full, noise)), objective.corrupt(full, noise))
-    assert int(loss.count) == 4 * (LENGTH - 3) and int(everything.count) == 4 * LENGTH
-    assert float(loss.total) < float(everything.total)
+    """The loss is the sum over the other positions, their number the count: in total and by time."""
+    batch, noise = batch_and_noise(8, padding=3)
+    corrupted = objective.corrupt(batch, noise)
+    prediction = objective.predict(corrupted)
+    loss = objective.loss(prediction, corrupted)
+    values = per_position_loss(objective, corrupted, prediction)[:, :-3].detach()
+    assert int(loss.count) == 8 * (LENGTH - 3)
+    assert float(loss.total.detach()) == pytest.approx(float(values.sum()), rel=1e-6)
+    assert sum(map(float, loss.terms.values())) == pytest.approx(float(values.sum()), rel=1e-6)
+    if objective.name != "ar":
+        for bucket in range(10):
+            inside = (corrupted.times * 10).long() == bucket
+            assert float(loss.bucket_sums[bucket]) == pytest.approx(float(values[inside].sum()), rel=1e-6)
+            assert int(loss.bucket_counts[bucket]) == int(inside.sum()) * (LENGTH - 3)
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_padding_does_not_count_in_the_exact_likelihood(padding):
+    objective = build("ar")
+    batch, noise = batch_and_noise(4, padding=padding)
+    prediction = objective.predict(objective.corrupt(batch, noise))
+    expected = float64_nats(prediction.logits, batch.tokens)[:, : LENGTH - padding].sum(1)
+    assert torch.allclose(objective.evaluate(batch, noise)["nll"], expected, rtol=1e-6)
 
 
 def test_the_mask_token_is_never_predicted(objective):

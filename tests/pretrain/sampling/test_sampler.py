@@ -12,7 +12,7 @@ from braid.pretrain.sampling.prompts import Prompt, no_prompt
 from braid.pretrain.sampling.sampler import draw_samples, nucleus, sample_entropy
 
 from ..objectives.conftest import BOS, MASK, VOCAB, build
-from ..objectives.test_likelihoods import Oracle, toy_law
+from ..objectives.references import Oracle, toy_law
 
 STEPS = SamplingConfig(steps=6)
 

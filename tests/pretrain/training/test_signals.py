@@ -110,12 +110,12 @@ def test_a_deadline_stops_all_ranks_after_the_same_step(tmp_path: Path) -> None:
 def test_the_outcome_is_written_read_and_forgotten(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     assert read_outcome(run_dir) is None
+    write_outcome(run_dir, "failed", 4, None, "loss is nan", rank=3)
     write_outcome(run_dir, "preempted", 3, 120, "stopped by SIGTERM")
-    write_outcome(run_dir, "failed", 4, None, "loss is nan")
     outcome = read_outcome(run_dir)
-    assert {k: outcome[k] for k in ("status", "exit_code", "step", "message")} == {
-        "status": "failed", "exit_code": 4, "step": None, "message": "loss is nan",
-    }  # fmt: skip
+    assert {k: outcome[k] for k in ("status", "exit_code", "step", "message", "rank")} == {
+        "status": "failed", "exit_code": 4, "step": None, "message": "loss is nan", "rank": 3,
+    }, "the first to say is believed"  # fmt: skip
     assert outcome["process"] == os.getpid() and abs(outcome["time"] - time.time()) < 60
     assert [path.name for path in run_dir.iterdir()] == ["outcome.json"]
     assert json.loads((run_dir / "outcome.json").read_text()) == outcome

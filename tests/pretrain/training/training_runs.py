@@ -60,6 +60,11 @@ class Process:
         self.python.read_answers(0)
         return self.python.codes.get(self.pid)
 
+    def cpu_seconds(self) -> float:
+        """Time on a processor so far."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(") ")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def wait(self, timeout_s: float = 120) -> int:
         deadline = time.monotonic() + timeout_s
         while self.code is None:

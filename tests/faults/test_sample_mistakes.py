@@ -1,0 +1,67 @@
+"""What users ask of `braid sample` that it cannot do: refused by name, nothing written."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from training_runs import Trainers, assert_refused
+
+INFILLS = {
+    "number": b'{"text": "ab"}\n{"text": 5}\n',
+    "latin": '{"text": "caf\u00e9"}\n'.encode("latin-1"),
+    "half": b'{"text": "\\ud83d"}\n',
+    "gap": b'{"text": "a[[2]]b"}\n',
+    "lengths": b'{"text": "a"}\n{"text": "abc"}\n',
+}
+
+
+def refuse(trainers: Trainers, mistakes: list[tuple[list, list[str]]]) -> None:
+    for name, content in INFILLS.items():
+        (trainers.folder / f"{name}.jsonl").write_bytes(content)
+    for words, said in mistakes:
+        done = trainers.braid("sample", "run", *words, "--device", "cpu", "--output", "samples.jsonl")
+        assert_refused(done, 2, *map(re.escape, said), "change: ")
+        assert not (trainers.folder / "samples.jsonl").exists()
+
+
+def test_of_a_joint_model(trainers: Trainers, tmp_path: Path) -> None:
+    trainers.train("tiny_ccdd", "run", training__steps=6)
+    refuse(trainers, [
+        (["--seed", -1], ["--seed must be a key of 64 bits", "-1"]),
+        (["--seed", 2**64], ["--seed must be a key of 64 bits", "from 0 to 18446744073709551615"]),
+        (["--guidance", -3], ["--guidance -3.0 must be at least 0"]),
+        (["--guidance", "nan", "--temperature", "inf"], ["2 problems", "--guidance nan", "--temperature inf must be"]),
+        (["--infill", "number.jsonl"], ["number.jsonl, line 2: not a JSON object with a text", '{"text": 5}']),
+        (["--infill", "latin.jsonl"], ["latin.jsonl is not UTF-8 text", "save it in UTF-8"]),
+        (["--infill", "half.jsonl"], ["the prompt is not UTF-8 text", "ud83d"]),
+    ])  # fmt: skip
+    (tmp_path / "separator.jsonl").write_bytes('{"text": "a\u2028b[[2]]"}\r\n'.encode())
+    words = ["--infill", "separator.jsonl", "--num", 1, "--steps", 2, "--guidance", 1.5, "--sampler", "ddpm"]
+    done = trainers.braid("sample", "run", *words, "--device", "cpu", "--output", "samples.jsonl")
+    assert done.code == 0, done.err
+    [line] = (tmp_path / "samples.jsonl").read_bytes().decode().rstrip("\n").split("\n")
+    assert json.loads(line)["text"].startswith("a\u2028b") and json.loads(line)["network_calls"] == 4
+
+
+def test_guidance_of_a_joint_model_that_never_missed_its_latents(trainers: Trainers) -> None:
+    trainers.train("tiny_ccdd", "run", training__steps=6, objective__latent_dropout=0)
+    refuse(trainers, [(["--guidance", 1.5], ["objective.latent_dropout = 0", "guidance 1.5", "--guidance 1"])])
+
+
+@pytest.mark.parametrize("name", ["ar", "mdlm"])
+def test_of_a_model_without_latents(trainers: Trainers, name: str) -> None:
+    trainers.train(f"tiny_{name}", "run", training__steps=6)
+    ignored = f"would be ignored: only joint models have latents, and the objective is {name}"
+    infills = [
+        (["--infill", "gap.jsonl"], ["an AR model cannot infill"]),
+        (["--infill", "lengths.jsonl"], ["prefixes of one length at a time", "prompts of 2 to 4 tokens"]),
+        (["--infill", "lengths.jsonl", "--batch-size", 1], ["prefixes of one length at a time"]),
+    ]
+    refuse(trainers, [
+        (["--guidance", 1], [f"--guidance 1.0 {ignored}", "leave out --guidance"]),
+        (["--sampler", "ddpm"], [f"--sampler ddpm {ignored}", "leave out --sampler"]),
+        *(infills if name == "ar" else []),
+    ])  # fmt: skip

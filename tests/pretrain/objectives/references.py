@@ -1,0 +1,78 @@
+"""What the tests of likelihoods compare with: closed forms in float64, a toy law, its Bayes denoiser, given noise."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from braid.pretrain.model.backbone import Prediction
+from braid.pretrain.objectives.base import Noise
+
+from .conftest import MASK, VOCAB
+
+
+def float64_nats(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """-log softmax over the vocabulary without the mask, written out in float64."""
+    logits = logits.double()
+    clean = torch.cat([logits[..., :MASK], logits[..., MASK + 1 :]], -1)
+    assert targets.max() < MASK
+    return torch.logsumexp(clean, -1) - logits.gather(-1, targets[..., None]).squeeze(-1)
+
+
+def toy_law(length: int, vocabulary: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """All sequences, int64 [S, length], and their probabilities, float64 [S]; tokens are dependent."""
+    sequences = torch.tensor(list(itertools.product(range(vocabulary), repeat=length)))
+    logits = torch.randn(len(sequences), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 1.5
+    return sequences, logits.softmax(0)
+
+
+class Network(torch.nn.Module):
+    """Base of networks without weights: objectives and samplers ask a parameter for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anchor = torch.nn.Parameter(torch.zeros(1))
+
+
+class Oracle(Network):
+    """The Bayes denoiser of a known law over short sequences: exact posteriors p(x_0^l | visible tokens)."""
+
+    def __init__(self, sequences: torch.Tensor, probabilities: torch.Tensor) -> None:
+        super().__init__()
+        self.sequences, self.probabilities = sequences, probabilities
+        self.indicators = F.one_hot(sequences, VOCAB).double()  # [S, L, V]
+
+    def forward(self, tokens, times=None, latents=None, dropout=None) -> Prediction:
+        fits = ((tokens[:, None] == MASK) | (tokens[:, None] == self.sequences)).all(-1)  # [B, S]
+        mass = torch.einsum("bs,slv->blv", self.probabilities * fits, self.indicators)
+        return Prediction((mass / mass.sum(-1, keepdim=True)).clamp(min=1e-300).log())
+
+
+class SameAnswer(Network):
+    """Predicts one law for every position, whatever it sees; the mask's logit, which must not count, is large."""
+
+    def __init__(self, law: torch.Tensor, latent_dim: int) -> None:
+        super().__init__()
+        self.logits = torch.cat([law.log(), torch.tensor([7.0], dtype=torch.float64)])
+        self.latent_dim = latent_dim
+
+    def forward(self, tokens, times=None, latents=None, dropout=None) -> Prediction:
+        return Prediction(self.logits.expand(*tokens.shape, -1), torch.zeros(*tokens.shape, self.latent_dim))
+
+
+@dataclass(frozen=True)
+class GivenNoise(Noise):
+    """Noise whose token uniforms are `given` [B, L]."""
+
+    given: torch.Tensor = None
+
+    def uniforms(self, num_positions, *, word=0):
+        return self.given
+
+
+def given_mask(strata: torch.Tensor, mask: torch.Tensor) -> GivenNoise:
+    """Noise at `strata` [B] that masks exactly the positions of `mask` [B, L], whatever the time."""
+    return GivenNoise(0, torch.arange(len(strata)), strata, given=torch.where(mask, 0.0, 1.0))

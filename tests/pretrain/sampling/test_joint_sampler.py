@@ -1,0 +1,126 @@
+"""The sampler of tokens and latents as a whole, with networks whose answers are known: laws, times and guidance."""
+
+import math
+
+import pytest
+import torch
+
+from braid.pretrain.config.schema import SamplingConfig
+from braid.pretrain.model.backbone import Prediction
+from braid.pretrain.sampling import sampler as sampler_module
+from braid.pretrain.sampling.prompts import no_prompt
+from braid.pretrain.sampling.sampler import draw_samples
+
+from ..objectives.conftest import LATENT_DIM, MASK, VOCAB, build
+from ..objectives.references import Network
+
+MEAN, DEVIATION = 0.7, 0.4
+
+
+def coefficients(schedule: str, t: float) -> tuple[float, float]:
+    return (math.sqrt(1 - t), math.sqrt(t)) if schedule == "vp_linear" else (1 - t, t)
+
+
+class GaussianOracle(Network):
+    """E[z_0 | z_t] of latents N(MEAN, DEVIATION^2) that know nothing of the tokens; records all it sees and says."""
+
+    def __init__(self, schedule: str) -> None:
+        super().__init__()
+        self.schedule, self.times, self.seen, self.said = schedule, [], [], []
+
+    def forward(self, tokens, times, latents, dropout=None) -> Prediction:
+        t = float(times[0])
+        assert torch.all(times == t)
+        alpha, sigma = coefficients(self.schedule, t)
+        gain = alpha * DEVIATION**2 / (alpha**2 * DEVIATION**2 + sigma**2)
+        zhat = MEAN + gain * (latents - alpha * MEAN)
+        self.times.append(t), self.seen.append(latents), self.said.append(zhat)
+        return Prediction(torch.zeros(*tokens.shape, VOCAB), zhat)
+
+
+@pytest.mark.parametrize("schedule", ["vp_linear", "flow_linear"])
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_latents_follow_the_forward_process_backwards(sampler, schedule):
+    """The Bayes estimate of a Gaussian: z_t has the forward law N(alpha m, alpha^2 v + sigma^2) at every time.
+
+    DDIM carries the initial noise to the end unchanged but for scale; DDPM forgets it.
+    """
+    ccdd, steps = build("ccdd", schedule=schedule), 100
+    ccdd.network = GaussianOracle(schedule)
+    settings = SamplingConfig(steps=steps, continuous_sampler=sampler)
+    samples = draw_samples(ccdd, settings, no_prompt(100, 16), key=1, record=True)
+    times, seen, said = ccdd.network.times, ccdd.network.seen, ccdd.network.said
+
+    # The time the network is told is the time of what it sees: the start of each step.
+    assert times == torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1].tolist()
+    assert len(seen) == samples.network_calls == steps
+    num = seen[0].numel()
+    for t, z in zip([*times, 0.0], [*seen, said[-1]], strict=True):  # the last step, to t = 0, ends at the estimate
+        alpha, sigma = coefficients(schedule, t)
+        deviation = math.sqrt(alpha**2 * DEVIATION**2 + sigma**2)
+        # five standard errors, and what 100 steps leave of the deviation
+        assert float(z.mean()) == pytest.approx(alpha * MEAN, abs=5 * deviation / math.sqrt(num))
+        assert float(z.std()) == pytest.approx(deviation, rel=5 / math.sqrt(2 * num) + 0.05)
+    assert samples.frames[-1]["latent_norm"] == pytest.approx(float(said[-1][0].norm(dim=-1).mean()), rel=1e-5)
+    noise_left = float(torch.corrcoef(torch.stack([seen[0].flatten(), said[-1].flatten()]))[0, 1])
+    assert noise_left > 0.999 if sampler == "ddim" else abs(noise_left) < 0.2
+
+
+class TwoAnswers(Network):
+    """One table of logits [L, V] with latents, another without. What it says of the clean latents without any is NaN:
+    nobody may use it."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.with_latents, self.without = torch.randn(2, length, VOCAB, generator=generator)
+        self.calls = []
+
+    def forward(self, tokens, times, latents, dropout=None) -> Prediction:
+        off = bool((latents == 0).all())
+        self.calls.append((off, tokens.clone(), times.clone(), latents))
+        logits = self.without if off else self.with_latents
+        zhat = torch.full((*tokens.shape, LATENT_DIM), math.nan if off else 0.5)
+        return Prediction(logits.expand(len(tokens), -1, -1), zhat)
+
+
+def test_guidance_extrapolates_away_from_the_network_without_latents(monkeypatch):
+    """At w = 2, tokens are drawn from 2 logits(x, z) - logits(x, 0) of the same tokens at the same time."""
+    ccdd, length = build("ccdd"), 12
+    ccdd.network = network = TwoAnswers(length)
+    drawn = []
+    draw = sampler_module._draw_tokens
+
+    def recording(objective, settings, logits, key, ordinals, positions):
+        tokens = draw(objective, settings, logits, key, ordinals, positions)
+        drawn.append((logits, ordinals, positions, tokens))
+        return tokens
+
+    monkeypatch.setattr(sampler_module, "_draw_tokens", recording)
+    samples = draw_samples(ccdd, SamplingConfig(steps=6, guidance=2.0), no_prompt(4, length), key=1)
+    assert [call[0] for call in network.calls] == [False, True] * 6
+    for conditional, unconditional in zip(network.calls[::2], network.calls[1::2], strict=True):
+        assert torch.equal(conditional[1], unconditional[1]) and torch.equal(conditional[2], unconditional[2])
+        assert torch.isfinite(conditional[3]).all()
+    guided = 2 * network.with_latents - network.without
+    assert sum(len(positions) for _, _, positions, _ in drawn) == 4 * length
+    for logits, ordinals, positions, tokens in drawn:
+        assert torch.allclose(logits, guided[positions], atol=1e-5)
+        assert torch.equal(samples.tokens[ordinals, positions], tokens)
+
+
+def test_guided_tokens_are_those_guidance_prefers():
+    """Cold: the argmax of 2 logits(x, z) - logits(x, 0), which at many positions is neither network's own."""
+    ccdd, length = build("ccdd"), 40
+    ccdd.network = network = TwoAnswers(length)
+    settings = SamplingConfig(steps=4, guidance=2.0, temperature=1e-4)
+    tokens = draw_samples(ccdd, settings, no_prompt(2, length), key=1).tokens
+
+    def best(logits):
+        return logits[:, :MASK].argmax(-1)
+
+    expected = best(2 * network.with_latents - network.without)
+    assert torch.equal(tokens, expected.expand(2, -1))
+    for other in (network.with_latents, network.without, 2 * network.with_latents + network.without,
+                  2 * network.without - network.with_latents):  # fmt: skip
+        assert (best(other) != expected).sum() >= 5
