@@ -48,7 +48,7 @@ def run_and_report(command: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not complain either
         return CLOSED_PIPE
     except OSError as error:
-        if not _is_about_a_place(error):
+        if not is_about_a_place(error):
             raise
         return _complain(_describe_place(error), BraidError.exit_code)
 
@@ -69,7 +69,7 @@ def _complain(message: str, code: int, kind: str = "error: ") -> int:
     return code
 
 
-def _is_about_a_place(error: OSError) -> bool:
+def is_about_a_place(error: OSError) -> bool:
     """A full disk, or a path that may not be used. Denials that name no path (of a signal, a socket) are not."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT) or (error.errno in _PLACES and error.filename is not None)
 

@@ -14,7 +14,7 @@ from braid.pretrain.checkpoint.store import CheckpointStore
 from braid.pretrain.config.load import load_config
 from braid.pretrain.config.schema import Config
 from braid.pretrain.config.validate import validate
-from braid.pretrain.exits import INTERRUPTED
+from braid.pretrain.exits import INTERRUPTED, is_about_a_place
 
 from .loop import Trainer
 from .outcome import STATUS, clear_outcome, write_failed_start, write_outcome
@@ -84,6 +84,8 @@ def _outcome(run_dir: Path, world: World) -> Iterator[_Ending]:
         raise
     except BaseException as error:
         message = f"{type(error).__name__}: {error}"
+        if isinstance(error, OSError) and is_about_a_place(error):  # `exits` reports it as wrong input
+            status, code = STATUS[BraidError.exit_code], BraidError.exit_code
         raise
     finally:
         if own or world.rank == 0:
