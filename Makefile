@@ -40,6 +40,7 @@ gpu-check: $(VENV)/test
 
 lint: $(VENV)/test
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 
 clean:
 	rm -rf $(VENV) build braid_lm.egg-info .ruff_cache .hypothesis gpu-check.json

@@ -85,25 +85,34 @@ class TokenCorpus:
         """
         folder = Path(folder)
         if damaged not in ("stop", "skip"):
-            raise ConfigError("what to do about damaged shards is not known", found=f"damaged={damaged!r}",
-                              change="use `stop` or `skip`")
+            raise ConfigError(
+                "what to do about damaged shards is not known",
+                found=f"damaged={damaged!r}",
+                change="use `stop` or `skip`",
+            )
         if damaged == "skip" and ledger is None:
-            raise ConfigError("rows of damaged shards cannot be skipped without a ledger to name them",
-                              change="give the ledger's path, or use `stop`")
+            raise ConfigError(
+                "rows of damaged shards cannot be skipped without a ledger to name them",
+                change="give the ledger's path, or use `stop`",
+            )
         return cls(folder, split, _read_manifest(folder), damaged, ledger)
 
     def __init__(self, folder: Path, split: str, manifest: dict, damaged: str, ledger: Path | None) -> None:
         self.folder, self.split, self.manifest, self.damaged, self.ledger = folder, split, manifest, damaged, ledger
         if split not in manifest["splits"]:
-            raise InputError(f"the corpus {folder} has no split {split}",
-                             found=f"splits {', '.join(sorted(manifest['splits']))}",
-                             change="choose one of them or prepare the corpus again")
+            raise InputError(
+                f"the corpus {folder} has no split {split}",
+                found=f"splits {', '.join(sorted(manifest['splits']))}",
+                change="choose one of them or prepare the corpus again",
+            )
         described = manifest["splits"][split]
         self.num_tokens, self.num_documents = described["tokens"], described["documents"]
         self.num_bytes, self.fingerprint = described["bytes"], described["fingerprint"]
         if self.num_tokens == 0:
-            raise InputError(f"the {split} split of {folder} holds no tokens",
-                             change="prepare it from more text or with another --validation-fraction")
+            raise InputError(
+                f"the {split} split of {folder} holds no tokens",
+                change="prepare it from more text or with another --validation-fraction",
+            )
         self.tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
         self._check_tokenizer()
         self.vocab_size, self.dtype = self.tokenizer.vocab_size, np.dtype(manifest["dtype"])
@@ -203,9 +212,11 @@ class TokenCorpus:
     def _check_tokenizer(self) -> None:
         stored, expected = self.tokenizer.hash, self.manifest["tokenizer_hash"]
         if stored != expected:
-            raise InputError(f"tokenizer mismatch: {self.folder / TOKENIZER_FOLDER} did not make this corpus",
-                             found=f"hash {stored}, the manifest says {expected}",
-                             change="put the original tokenizer back or prepare the corpus again")
+            raise InputError(
+                f"tokenizer mismatch: {self.folder / TOKENIZER_FOLDER} did not make this corpus",
+                found=f"hash {stored}, the manifest says {expected}",
+                change="put the original tokenizer back or prepare the corpus again",
+            )
 
     def _check_fingerprint(self) -> None:
         found = split_fingerprint(self.folder / self.split, self.tokenizer.hash)
@@ -213,8 +224,11 @@ class TokenCorpus:
             raise self._changed(f"fingerprint {found}, the manifest says {self.fingerprint}")
 
     def _changed(self, found: str) -> InputError:
-        return InputError(f"{self.folder / self.split}: index.json or rows.npy is not the one the manifest describes",
-                          found=found, change="copy the folder again or prepare the corpus again")
+        return InputError(
+            f"{self.folder / self.split}: index.json or rows.npy is not the one the manifest describes",
+            found=found,
+            change="copy the folder again or prepare the corpus again",
+        )
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "_rows"}  # it would be copied whole
@@ -249,12 +263,21 @@ def _read_manifest(folder: Path) -> dict:
                 split[key]
         version = manifest["version"]
     except OSError as error:
-        raise InputError(f"{folder} is not a prepared corpus", found=f"{path}: {error.strerror}",
-                         change="give a folder that `braid prepare` has finished writing") from error
+        raise InputError(
+            f"{folder} is not a prepared corpus",
+            found=f"{path}: {error.strerror}",
+            change="give a folder that `braid prepare` has finished writing",
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is damaged", found=f"{type(error).__name__}: {error}",
-                         change="copy it again or prepare the corpus again") from error
+        raise InputError(
+            f"{path} is damaged",
+            found=f"{type(error).__name__}: {error}",
+            change="copy it again or prepare the corpus again",
+        ) from error
     if version != MANIFEST_VERSION:
-        raise InputError(f"{path} was written by another version of Braid", change="prepare the corpus again",
-                         found=f"version {version}, this one reads {MANIFEST_VERSION}")
+        raise InputError(
+            f"{path} was written by another version of Braid",
+            change="prepare the corpus again",
+            found=f"version {version}, this one reads {MANIFEST_VERSION}",
+        )
     return manifest

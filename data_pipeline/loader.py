@@ -68,20 +68,33 @@ class Loader:
     and while iterating InputError with the name of a missing or damaged shard.
     """
 
-    def __init__(self, rows: Rows, order: ShuffledOrder, *, global_batch_size: int, micro_batch_size: int,
-                 data_rank: int, data_size: int, consumed: int = 0, workers: int = 0) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        order: ShuffledOrder,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        data_rank: int,
+        data_size: int,
+        consumed: int = 0,
+        workers: int = 0,
+    ) -> None:
         assert len(rows) == len(order) and 0 <= data_rank < data_size and consumed >= 0
         if global_batch_size < 1 or global_batch_size % (micro_batch_size * data_size):
-            raise ConfigError("the global batch cannot be cut into equal micro-batches",
-                              found=f"global_batch_size {global_batch_size}, micro_batch_size {micro_batch_size} x "
-                              f"{data_size} data-parallel ranks = {micro_batch_size * data_size}",
-                              change="make global_batch_size a multiple of micro_batch_size x data-parallel ranks")
+            raise ConfigError(
+                "the global batch cannot be cut into equal micro-batches",
+                found=f"global_batch_size {global_batch_size}, micro_batch_size {micro_batch_size} x "
+                f"{data_size} data-parallel ranks = {micro_batch_size * data_size}",
+                change="make global_batch_size a multiple of micro_batch_size x data-parallel ranks",
+            )
         if len(rows) < global_batch_size:
             corpus = rows.corpus
-            raise DataExhausted(f"the {corpus.split} split of {corpus.folder} has fewer rows than one global batch",
-                                found=f"{len(rows)} rows of {rows.sequence_length} tokens, global_batch_size "
-                                f"{global_batch_size}",
-                                change="use more data, a smaller global_batch_size or a shorter sequence_length")
+            raise DataExhausted(
+                f"the {corpus.split} split of {corpus.folder} has fewer rows than one global batch",
+                found=f"{len(rows)} rows of {rows.sequence_length} tokens, global_batch_size {global_batch_size}",
+                change="use more data, a smaller global_batch_size or a shorter sequence_length",
+            )
         self.rows, self.order, self.workers = rows, order, workers
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.consumed = self.position = consumed
@@ -118,9 +131,11 @@ class Loader:
         """Go on where `state` was taken. Raises CheckpointError when the corpus, the rows or the order differ."""
         for name, ours in self._identity().items():
             if state.get(name) != ours:
-                raise CheckpointError(f"the checkpoint's data cannot be continued: {name} differs",
-                                      found=f"checkpoint {state.get(name)}, this run {ours}",
-                                      change="use the checkpoint's corpus and data settings, or start afresh")
+                raise CheckpointError(
+                    f"the checkpoint's data cannot be continued: {name} differs",
+                    found=f"checkpoint {state.get(name)}, this run {ours}",
+                    change="use the checkpoint's corpus and data settings, or start afresh",
+                )
         self.consumed, self.position = state["consumed"], state["position"]
 
     def _identity(self) -> dict:
@@ -149,9 +164,11 @@ class Loader:
                 continue
             num_left_out += 1
             if num_left_out == 2 * len(self.rows):  # a whole epoch lies in between, wherever the first of them was
-                raise DataExhausted(f"every shard of the {self.rows.corpus.split} split is missing or damaged",
-                                    found=f"{self.rows.corpus.folder}, ledger {self.rows.corpus.ledger}",
-                                    change="copy the corpus again or prepare it again")
+                raise DataExhausted(
+                    f"every shard of the {self.rows.corpus.split} split is missing or damaged",
+                    found=f"{self.rows.corpus.folder}, ledger {self.rows.corpus.ledger}",
+                    change="copy the corpus again or prepare it again",
+                )
         return np.array(kept[self._first : self._stop]), position
 
 
@@ -161,8 +178,9 @@ def spread(num_rows: int, num_chosen: int) -> np.ndarray:
     return np.arange(num_chosen) * num_rows // max(num_chosen, 1)
 
 
-def validation_batches(rows: Rows, num_sequences: int, micro_batch_size: int, data_rank: int,
-                       data_size: int) -> Iterator[Batch]:
+def validation_batches(
+    rows: Rows, num_sequences: int, micro_batch_size: int, data_rank: int, data_size: int
+) -> Iterator[Batch]:
     """This rank's share of `num_sequences` rows spread evenly over the split (all, when there are fewer), in order.
 
     Neighbouring rows come from one document, so the first rows would be a few documents and not the split. Row i has
@@ -192,9 +210,16 @@ class _RowReader(Dataset):
 
 def _read_in_workers(rows: Rows, requests: Iterable[np.ndarray], workers: int) -> Iterator[np.ndarray]:
     """`map(rows.read, requests)`, read ahead by processes."""
-    loader = DataLoader(_RowReader(rows), batch_size=None, sampler=requests, collate_fn=_unchanged, num_workers=workers,
-                        prefetch_factor=PREFETCHED, worker_init_fn=_live_as_long_as_the_trainer,
-                        generator=torch.Generator())  # else it would draw a number from the global one
+    loader = DataLoader(
+        _RowReader(rows),
+        batch_size=None,
+        sampler=requests,
+        collate_fn=_unchanged,
+        num_workers=workers,
+        prefetch_factor=PREFETCHED,
+        worker_init_fn=_live_as_long_as_the_trainer,
+        generator=torch.Generator(),
+    )  # else it would draw a number from the global one
     previous = signal.getsignal(signal.SIGCHLD)
     results = iter(loader)
     if previous is not None and threading.current_thread() is threading.main_thread():
@@ -206,9 +231,11 @@ def _read_in_workers(rows: Rows, requests: Iterable[np.ndarray], workers: int) -
             try:
                 result = next(results)
             except RuntimeError as error:
-                result = TrainingFailed("a data worker died", found=str(error),
-                                        change="look for the kernel's out-of-memory killer; data.workers=0 reads "
-                                        "without workers")
+                result = TrainingFailed(
+                    "a data worker died",
+                    found=str(error),
+                    change="look for the kernel's out-of-memory killer; data.workers=0 reads without workers",
+                )
             except BraidError as error:  # from planning the requests
                 result = error.with_traceback(None)
             if isinstance(result, BraidError):

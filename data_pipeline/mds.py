@@ -65,8 +65,9 @@ class MDSWriter:
     whenever `write` or `finish` completes a shard. `write_index` makes a readable folder of them.
     """
 
-    def __init__(self, folder: Path, columns: dict[str, str], *, shard_bytes: int = 64 << 20,
-                 first_shard: int = 0) -> None:
+    def __init__(
+        self, folder: Path, columns: dict[str, str], *, shard_bytes: int = 64 << 20, first_shard: int = 0
+    ) -> None:
         unknown = sorted(set(columns.values()) - set(DTYPES))
         assert columns and not unknown, f"columns {columns}: encodings must be of {list(DTYPES)}"
         assert 0 < shard_bytes < 1 << 32, "MDS offsets are 32 bits wide"
@@ -180,7 +181,8 @@ class MDSReader:
             if length_format is None:
                 raise InputError(
                     f"{self.folder / self.shard_names[shard]}: row {k}: column {name} is not a one-dimensional array",
-                    change="write the corpus with `braid prepare`")
+                    change="write the corpus with `braid prepare`",
+                )
             (length,) = struct.unpack_from(length_format, data, at + 1)
             row[name] = np.frombuffer(data, dtype, length, at + size - length * dtype.itemsize)
             at += size
@@ -240,9 +242,12 @@ def _open_shard(path: Path, expected_bytes: int) -> Iterator[BinaryIO]:
 
 
 def _damaged(path: Path, found: str) -> InputError:
-    return InputError(f"{path} is missing or damaged", found=found,
-                      change="copy this shard again from its source, prepare the corpus again, or leave its rows out "
-                      "(data.damaged=skip)")
+    return InputError(
+        f"{path} is missing or damaged",
+        found=found,
+        change="copy this shard again from its source, prepare the corpus again, or leave its rows out "
+        "(data.damaged=skip)",
+    )
 
 
 def _read_index(folder: Path) -> list[dict]:
@@ -251,8 +256,11 @@ def _read_index(folder: Path) -> list[dict]:
     try:
         index = json.loads(path.read_bytes())
     except OSError as error:
-        raise InputError(f"{folder} is not a folder of MDS shards", found=f"{path}: {error.strerror}",
-                         change="give a folder written by `braid prepare`") from error
+        raise InputError(
+            f"{folder} is not a folder of MDS shards",
+            found=f"{path}: {error.strerror}",
+            change="give a folder written by `braid prepare`",
+        ) from error
     except ValueError as error:
         raise InputError(f"{path} is damaged", found=str(error), change="prepare the corpus again") from error
     try:
@@ -263,8 +271,11 @@ def _read_index(folder: Path) -> list[dict]:
     except (KeyError, TypeError, AttributeError) as error:
         problem = f"{type(error).__name__}: {error}"
     if problem:
-        raise InputError(f"{path} describes no shards that can be read here", found=problem,
-                         change=f"write raw MDS shards with hashes=['{HASH}'] and columns of {list(DTYPES)}")
+        raise InputError(
+            f"{path} describes no shards that can be read here",
+            found=problem,
+            change=f"write raw MDS shards with hashes=['{HASH}'] and columns of {list(DTYPES)}",
+        )
     return entries
 
 
@@ -274,7 +285,8 @@ def _entry_problem(entry: dict, first: dict) -> str | None:
         f"compression {entry['compression']}": entry["compression"] is not None,
         f"columns {entry['column_encodings']}": not set(entry["column_encodings"]) <= set(DTYPES),
         "columns that differ from those of the first shard": any(
-            entry[key] != first[key] for key in ("column_names", "column_encodings")),
+            entry[key] != first[key] for key in ("column_names", "column_encodings")
+        ),
         f"no {HASH} hash": HASH not in entry["raw_data"]["hashes"],
         f"{entry['samples']} rows": entry["samples"] < 1,
     }

@@ -29,19 +29,24 @@ class Rows:
 
     def __init__(self, corpus: TokenCorpus, sequence_length: int, packing: str) -> None:
         if packing not in NUM_SPECIAL:
-            raise ConfigError("the packing is not known", found=f"packing={packing!r}",
-                              change=f"use {' or '.join(NUM_SPECIAL)}")
+            raise ConfigError(
+                "the packing is not known", found=f"packing={packing!r}", change=f"use {' or '.join(NUM_SPECIAL)}"
+            )
         self._stride = sequence_length - NUM_SPECIAL[packing]
         if self._stride < 1:
-            raise ConfigError("no token of the corpus fits a row",
-                              found=f"sequence_length={sequence_length}, of which {NUM_SPECIAL[packing]} are special",
-                              change=f"use a sequence_length of at least {NUM_SPECIAL[packing] + 1}")
+            raise ConfigError(
+                "no token of the corpus fits a row",
+                found=f"sequence_length={sequence_length}, of which {NUM_SPECIAL[packing]} are special",
+                change=f"use a sequence_length of at least {NUM_SPECIAL[packing] + 1}",
+            )
         self.corpus, self.sequence_length, self.packing = corpus, sequence_length, packing
         self._num_rows = corpus.num_stream_tokens // self._stride
         if self._num_rows == 0:
-            raise DataExhausted(f"the {corpus.split} split of {corpus.folder} is shorter than one row",
-                                found=f"{corpus.num_stream_tokens} tokens, a row takes {self._stride}",
-                                change="use a shorter sequence_length or a larger corpus")
+            raise DataExhausted(
+                f"the {corpus.split} split of {corpus.folder} is shorter than one row",
+                found=f"{corpus.num_stream_tokens} tokens, a row takes {self._stride}",
+                change="use a shorter sequence_length or a larger corpus",
+            )
         starts = np.array(corpus.shard_starts)
         self.rows_per_shard = np.diff(np.minimum(-(-starts // self._stride), self._num_rows))
         self._left_out: dict[int, bool] = {}
@@ -97,6 +102,11 @@ class Rows:
             if reason is not None:
                 start, stop = self.corpus.shard_starts[shard : shard + 2]
                 rows = [start // self._stride, min(-(-stop // self._stride), self._num_rows)]
-                self.corpus.write_to_ledger(shard=self.corpus.shard_names[shard], rows=rows, reason=reason,
-                                            sequence_length=self.sequence_length, packing=self.packing)
+                self.corpus.write_to_ledger(
+                    shard=self.corpus.shard_names[shard],
+                    rows=rows,
+                    reason=reason,
+                    sequence_length=self.sequence_length,
+                    packing=self.packing,
+                )
         return self._left_out[shard]

@@ -336,6 +336,4 @@ def _from_arguments(args: argparse.Namespace) -> dict:
         change = f"write --tokenizer train:{args.vocab_size} to train one of that size"
         raise InputError("--vocab-size goes with --embedded", change=change)
     separator = None if args.separator is None else args.separator.replace(r"\n", "\n").replace(r"\t", "\t")
-    return prepare(
-        args.input, args.tokenizer, args.output, text_field=args.text_field, separator=separator, **common
-    )
+    return prepare(args.input, args.tokenizer, args.output, text_field=args.text_field, separator=separator, **common)

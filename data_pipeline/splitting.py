@@ -110,8 +110,9 @@ def _cut_document(pieces: Iterator[Piece], target: int) -> Iterator[tuple[str, P
             cut = _cut_position(data, target - before, is_first=before == 0, is_last=piece.last)
             head, tail = data[:cut], data[cut:]
             yield "train", piece._replace(text=head.decode("utf-8"), num_bytes=len(head), last=True)
-            yield "validation", piece._replace(
-                text=tail.decode("utf-8"), num_bytes=len(tail), document=document, group=document
+            yield (
+                "validation",
+                piece._replace(text=tail.decode("utf-8"), num_bytes=len(tail), document=document, group=document),
             )
             is_cut = True
         before += piece.num_bytes

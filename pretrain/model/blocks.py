@@ -30,7 +30,7 @@ def rope_tables(length: int, head_dim: int, base: float, device: torch.device) -
     """cos and sin [L, K/2] of position / base^(2i/K) (arXiv 2104.09864), in float64 rounded once to float32."""
     positions = torch.arange(length, device=device, dtype=torch.float64)
     exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float64) / head_dim
-    angles = positions[:, None] * base ** -exponents
+    angles = positions[:, None] * base**-exponents
     return angles.cos().float(), angles.sin().float()
 
 
@@ -102,4 +102,3 @@ class Block(nn.Module):
         keys = (fold_key(dropout.key, "dropout", self.layer, site) for site in ("attention", "mlp"))
         first, second = (dropout_keep(key, dropout.ordinals, dropout.positions, width, self.dropout) for key in keys)
         return first, second
-

@@ -100,9 +100,7 @@ def peak_flops(device_name: str) -> float | None:
     return next((peak for name, peak in PEAKS if words.issuperset(name.lower().split())), None)
 
 
-def mfu(
-    tokens_per_second: float, flops_per_token: float, *, device_name: str, num_devices: int = 1
-) -> float | None:
+def mfu(tokens_per_second: float, flops_per_token: float, *, device_name: str, num_devices: int = 1) -> float | None:
     """Model FLOPs utilisation: `tokens_per_second` of the whole run over what `num_devices` devices could do at their
     dense bfloat16 peak, whatever precision the run uses. None where the peak is not known: no guess is made."""
     peak = peak_flops(device_name)

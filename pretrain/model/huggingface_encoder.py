@@ -140,6 +140,7 @@ def _load(from_pretrained: Callable[..., Any], path: str) -> Any:
 
 def _check_vocabulary(tokenizer: Any, rows: int, corpus_folder: Path, mask_id: int, path: str) -> None:
     """The encoder must read the corpus's ids as the same tokens, all but a mask id that was appended for the corpus."""
+
     def mismatch(found: str) -> BraidError:
         return InputError(
             "The encoder's tokenizer is not the corpus's",

@@ -74,7 +74,8 @@ def check_direction(backbone: Backbone, *, length: int = PROBE_LENGTH) -> None:
     if backbone.causal and to_any > noise:
         raise BraidError("A causal model sees later tokens", found=measured, change=change)
     if not backbone.causal and not to_first > noise:
-        raise BraidError("A bidirectional model does not see the last token from position 0", found=measured,
-                         change=change)
+        raise BraidError(
+            "A bidirectional model does not see the last token from position 0", found=measured, change=change
+        )
     if not to_last > noise:
         raise BraidError("The last position does not see the first token", found=measured, change=change)

@@ -22,8 +22,15 @@ def texts(num: int, mean_characters: int, seed: int = 0) -> list[str]:
     return ["".join(rng.choice(LETTERS, length)) for length in lengths]
 
 
-def build(folder: Path, documents: list[str], *, block: int = 64, shard_bytes: int = 1 << 12, split: str = "train",
-          tokenizer: Tokenizer | None = None) -> list[list[int]]:
+def build(
+    folder: Path,
+    documents: list[str],
+    *,
+    block: int = 64,
+    shard_bytes: int = 1 << 12,
+    split: str = "train",
+    tokenizer: Tokenizer | None = None,
+) -> list[list[int]]:
     """Write `documents` as a split of the corpus `folder`; returns the token ids of each."""
     tokenizer = tokenizer or load_tokenizer("bytes")
     tokenizer.save(folder / "tokenizer")
@@ -47,8 +54,13 @@ def build(folder: Path, documents: list[str], *, block: int = 64, shard_bytes: i
         "rows": len(sizes),
         "fingerprint": split_fingerprint(folder / split, tokenizer.hash),
     }
-    manifest = {"version": 1, "tokenizer_hash": tokenizer.hash, "dtype": tokenizer.dtype.name,
-                "vocab_size": tokenizer.vocab_size, "splits": splits}
+    manifest = {
+        "version": 1,
+        "tokenizer_hash": tokenizer.hash,
+        "dtype": tokenizer.dtype.name,
+        "vocab_size": tokenizer.vocab_size,
+        "splits": splits,
+    }
     manifest_file.write_text(json.dumps(manifest))
     return ids
 

@@ -167,7 +167,9 @@ def test_the_ledger_repeats_nothing(tmp_path):
         corpus.write_to_ledger(shard="a", rows=[0, 1])
         corpus.write_to_ledger(shard="b", rows=[1, 2])
     assert [json.loads(line) for line in ledger.read_text().splitlines()] == [
-        {"split": "train", "shard": "a", "rows": [0, 1]}, {"split": "train", "shard": "b", "rows": [1, 2]}]
+        {"split": "train", "shard": "a", "rows": [0, 1]},
+        {"split": "train", "shard": "b", "rows": [1, 2]},
+    ]
 
 
 def test_memory_does_not_grow_with_what_is_read(tmp_path, monkeypatch):

@@ -39,8 +39,9 @@ def open_rows(folder, damaged="stop", ledger=None, length=LENGTH, packing="wrap"
     return Rows(TokenCorpus.open(folder, "train", damaged, ledger), length, packing)
 
 
-def loader(rows: Rows, rank: int = 0, size: int = 1, *, micro: int = 1, seed: int = SEED, window: int = WINDOW,
-           **options) -> Loader:
+def loader(
+    rows: Rows, rank: int = 0, size: int = 1, *, micro: int = 1, seed: int = SEED, window: int = WINDOW, **options
+) -> Loader:
     order = ShuffledOrder(rows.rows_per_shard, seed, window)
     options = {"global_batch_size": GLOBAL, "micro_batch_size": micro, "data_rank": rank, "data_size": size} | options
     return Loader(rows, order, **options)
@@ -50,8 +51,10 @@ def global_batches(loaders: list[Loader], num_steps: int) -> tuple[np.ndarray, n
     """What the ranks get together: tokens [steps, G, L] and ordinals [steps, G], in rank order."""
     iterators = [iter(one) for one in loaders]
     steps = [[batch for iterator in iterators for batch in next(iterator)] for _ in range(num_steps)]
-    return (np.stack([torch.cat([batch.tokens for batch in step]).numpy() for step in steps]),
-            np.stack([torch.cat([batch.ordinals for batch in step]).numpy() for step in steps]))
+    return (
+        np.stack([torch.cat([batch.tokens for batch in step]).numpy() for step in steps]),
+        np.stack([torch.cat([batch.ordinals for batch in step]).numpy() for step in steps]),
+    )
 
 
 def expected_batches(rows: Rows, num_steps: int, first: int = 0) -> np.ndarray:
@@ -60,8 +63,13 @@ def expected_batches(rows: Rows, num_steps: int, first: int = 0) -> np.ndarray:
     return np.array([[rows[order[first + k * GLOBAL + j]] for j in range(GLOBAL)] for k in range(num_steps)])
 
 
-LAYOUTS = [(size, micro, workers) for size in (1, 2, 4, 8) for micro in (1, 2, 4) for workers in (0, 1, 2)
-           if size * micro <= GLOBAL and (workers != 1 or size <= 2)]  # one worker with few ranks, to save processes
+LAYOUTS = [
+    (size, micro, workers)
+    for size in (1, 2, 4, 8)
+    for micro in (1, 2, 4)
+    for workers in (0, 1, 2)
+    if size * micro <= GLOBAL and (workers != 1 or size <= 2)
+]  # one worker with few ranks, to save processes
 
 
 @pytest.mark.parametrize(("size", "micro", "workers"), LAYOUTS)
@@ -149,8 +157,11 @@ def surviving_rows(folder, rows: Rows, shards: list[int]) -> list[int]:
     starts, stride = rows.corpus.shard_starts, rows.sequence_length - 2
     lost = {p for shard in shards for p in range(starts[shard], starts[shard + 1])}
     order = ShuffledOrder(rows.rows_per_shard, SEED, WINDOW)
-    return [row for row in (order[k] for k in range(2 * len(order))) if not lost & set(range(row * stride,
-                                                                                           (row + 1) * stride))]
+    return [
+        row
+        for row in (order[k] for k in range(2 * len(order)))
+        if not lost & set(range(row * stride, (row + 1) * stride))
+    ]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -287,8 +298,9 @@ time.sleep(60)
     trainer.kill()
     trainer.wait()
     deadline = time.monotonic() + 15
-    while any(os.path.exists(f"/proc/{pid}") and "Z" not in open(f"/proc/{pid}/stat").read().split()[2]
-              for pid in workers):
+    while any(
+        os.path.exists(f"/proc/{pid}") and "Z" not in open(f"/proc/{pid}/stat").read().split()[2] for pid in workers
+    ):
         assert time.monotonic() < deadline, "workers are still there"
         time.sleep(0.1)
 
@@ -309,8 +321,16 @@ def test_rows_can_be_sent_to_spawned_workers(folder):
 def test_state_of_another_run_is_refused(folder, tmp_path):
     rows = open_rows(folder)
     state = loader(rows, consumed=48).state_dict()
-    assert state == {"version": 1, "consumed": 48, "position": 48, "seed": SEED, "window": WINDOW, "packing": "wrap",
-                     "sequence_length": LENGTH, "fingerprint": rows.corpus.fingerprint}
+    assert state == {
+        "version": 1,
+        "consumed": 48,
+        "position": 48,
+        "seed": SEED,
+        "window": WINDOW,
+        "packing": "wrap",
+        "sequence_length": LENGTH,
+        "fingerprint": rows.corpus.fingerprint,
+    }
     build(tmp_path, texts(120, 40, seed=9), block=100, shard_bytes=1500)
     others = {
         "seed": loader(rows, seed=SEED + 1),

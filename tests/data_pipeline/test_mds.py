@@ -27,8 +27,10 @@ LENGTHS = (1, 3, 255, 256, 300, 65_535, 65_536, 70_000)
 def samples(num: int, seed: int = 0, lengths=LENGTHS, empty: bool = True) -> list[dict[str, np.ndarray]]:
     rng = np.random.default_rng(seed)
     return [
-        {"tokens": rng.integers(0, 1 << 16, rng.choice(lengths)).astype(np.uint16),
-         "ends": rng.integers(-9, 9, rng.integers(0 if empty else 1, 4)).astype(np.int32)}
+        {
+            "tokens": rng.integers(0, 1 << 16, rng.choice(lengths)).astype(np.uint16),
+            "ends": rng.integers(-9, 9, rng.integers(0 if empty else 1, 4)).astype(np.int32),
+        }
         for _ in range(num)
     ]
 
@@ -75,7 +77,9 @@ def test_shards_keep_to_their_size_and_entries_are_true(tmp_path):
         assert len(content) == shard["raw_data"]["bytes"] <= 20_000
         assert xxhash.xxh3_64_hexdigest(content) == shard["raw_data"]["hashes"]["xxh3_64"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "index.json", *(f"shard.{k:05}.mds" for k in range(len(shards)))]
+        "index.json",
+        *(f"shard.{k:05}.mds" for k in range(len(shards))),
+    ]
 
 
 def test_a_sample_larger_than_a_shard_gets_its_own(tmp_path):
@@ -136,8 +140,9 @@ def test_mosaicml_reads_what_we_write(tmp_path, streaming):
 
 def test_we_read_what_mosaicml_writes_and_files_are_identical(tmp_path, streaming):
     rows = samples(30, empty=False)
-    with streaming.MDSWriter(out=str(tmp_path / "theirs"), columns=COLUMNS, hashes=["xxh3_64"],
-                             size_limit=1 << 18) as writer:
+    with streaming.MDSWriter(
+        out=str(tmp_path / "theirs"), columns=COLUMNS, hashes=["xxh3_64"], size_limit=1 << 18
+    ) as writer:
         for row in rows:
             writer.write(row)
     reader = MDSReader(tmp_path / "theirs")
@@ -211,8 +216,9 @@ def test_an_index_that_cannot_be_read_is_refused(tmp_path, change):
     assert caught.value.found and caught.value.change
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"version": 2}',
-                                     b'{"version": 1, "shards": []}', b'{"version": 2, "shards": []}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"version": 2}', b'{"version": 1, "shards": []}', b'{"version": 2, "shards": []}']
+)
 def test_an_index_that_is_none_is_refused(tmp_path, content):
     (tmp_path / "index.json").write_bytes(content)
     with pytest.raises(InputError, match="index.json"):
@@ -231,7 +237,8 @@ def test_an_error_while_writing_leaves_whole_shards_only(tmp_path):
         raise KeyboardInterrupt
     assert writer.finished_shards
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        shard["raw_data"]["basename"] for shard in writer.finished_shards]
+        shard["raw_data"]["basename"] for shard in writer.finished_shards
+    ]
 
 
 def test_an_error_inside_an_atomic_file_keeps_the_old_one(tmp_path):

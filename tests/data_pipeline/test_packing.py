@@ -131,8 +131,9 @@ def test_rows_left_out_are_those_that_touch_a_damaged_shard(tmp_path):
     assert [entry["shard"] for entry in entries] == [names[2], names[5]]
     assert list(chain(*(range(*entry["rows"]) for entry in entries))) == left_out
     assert "hash" in entries[0]["reason"] and "No such file" in entries[1]["reason"]
-    assert all(entry["split"] == "train" and entry["sequence_length"] == 50 and entry["packing"] == "wrap"
-               for entry in entries)
+    assert all(
+        entry["split"] == "train" and entry["sequence_length"] == 50 and entry["packing"] == "wrap" for entry in entries
+    )
 
 
 def test_nothing_is_left_out_when_damage_stops_the_run(tmp_path):

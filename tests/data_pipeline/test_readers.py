@@ -290,9 +290,7 @@ def test_parquet_without_pyarrow(tmp_path):
         "from braid.data_pipeline.readers import documents\n"
         "list(documents([sys.argv[1]]))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "a.parquet")], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "a.parquet")], capture_output=True, text=True)
     assert "needs pyarrow" in done.stderr and "pip install 'braid-lm[parquet]'" in done.stderr
 
 

@@ -24,9 +24,7 @@ MODELS = [
 @pytest.mark.parametrize("latent_dim", [0, 6])
 def test_formula_is_what_torch_counts(model, latent_dim):
     batch, length, vocab = 3, 24, 70
-    network = Backbone(
-        model, vocab_size=vocab, causal=False, time_conditioned=True, latent_dim=latent_dim, seed=0
-    )
+    network = Backbone(model, vocab_size=vocab, causal=False, time_conditioned=True, latent_dim=latent_dim, seed=0)
     latents = torch.randn(batch, length, latent_dim) if latent_dim else None
     # The plain form of attention: fused kernels are counted with their recomputation in the backward pass.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
