@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 
 def test_demo(run_braid, tmp_path):
     words = ("demo", "--dir", "runs/demo", "--steps", 12, "--sequences", 8, "--draws", 1)
@@ -26,3 +28,13 @@ def test_demo(run_braid, tmp_path):
     assert again.returncode == 0, again.stderr
     repeated = json.loads((run / "summary.json").read_text())
     assert {name: repeated[name] for name in figures} == {name: summary[name] for name in figures}
+
+
+@pytest.mark.slow
+def test_the_demo_as_it_is_teaches_something(run_braid, tmp_path):
+    """At full length the leak-free bound is at least 10 % below the unigram entropy of the validation tokens."""
+    done = run_braid("demo", timeout=2400, env={"OMP_NUM_THREADS": "2"})
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "runs" / "demo" / "summary.json").read_text())
+    assert summary["joint_bound"] + 2 * summary["standard_errors"]["joint_bound"] < 0.9 * summary["unigram_entropy"]
+    assert summary["ar_nll"] < summary["joint_bound"]
