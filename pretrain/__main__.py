@@ -14,4 +14,11 @@ from braid.pretrain.command import run  # noqa: E402
 from braid.pretrain.exits import run_and_report  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(run_and_report(lambda: run(sys.argv[1:])))
+    code = run_and_report(lambda: run(sys.argv[1:]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # Everything is saved and closed. Threads of torch's process group now and then abort the interpreter's
+        # teardown ("terminate called without an active exception"), and torchrun would call a finished run failed.
+        os._exit(code)
+    sys.exit(code)
