@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> int:
 def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Estimate]]:
     """The result as a JSON-able dictionary (the contract of evaluation.json), and the estimates with their rows."""
     from braid.data_pipeline.loader import spread
-    from braid.kernels.errors import ConfigError, InputError
+    from braid.kernels.errors import ConfigError
     from braid.kernels.reference import MAX_DRAWS
     from braid.parallel.data_parallel import World, pick_device
     from braid.pretrain.checkpoint.snapshot import load_model
@@ -79,12 +79,6 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Estimate]]:
     prepare_process(config.run)
     rows = _rows(args, model)
     num_sequences = min(args.sequences or len(rows), len(rows))
-    if num_sequences < 1:
-        raise InputError(
-            f"the {args.split} split is shorter than one row",
-            found=f"{rows.corpus.num_stream_tokens} tokens, a row has {config.data.sequence_length}",
-            change="prepare more text, or train with a smaller data.sequence_length",
-        )
     result: dict[str, Any] = {
         "objective": config.objective.name,
         "checkpoint_step": model.step,

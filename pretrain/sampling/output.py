@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from braid.data_pipeline.tokenizers import Tokenizer
+from braid.pretrain.checkpoint.files import write_atomically
 from braid.pretrain.config.schema import SamplingConfig
 
 from .sampler import Samples, sample_entropy
@@ -33,7 +34,7 @@ def write_samples(
         )
         for tokens, entropy in zip(samples.tokens.tolist(), entropies, strict=True)
     ]
-    _replace(path, "".join(line + "\n" for line in lines))
+    write_atomically(path, "".join(line + "\n" for line in lines).encode())
 
 
 def write_trajectory(path: Path, samples: Samples, tokenizer: Tokenizer) -> None:
@@ -52,12 +53,5 @@ def write_trajectory(path: Path, samples: Samples, tokenizer: Tokenizer) -> None
             }
         )
         previous = tokens
-    _replace(
-        path, json.dumps({"mask_id": tokenizer.mask_id, "decoded_mask": "_", "frames": frames}, ensure_ascii=False)
-    )
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    record = {"mask_id": tokenizer.mask_id, "decoded_mask": "_", "frames": frames}
+    write_atomically(path, json.dumps(record, ensure_ascii=False).encode())
