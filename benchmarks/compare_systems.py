@@ -5,17 +5,19 @@
 Prepares the corpus, trains a judge (an autoregressive model of its own, larger and longer than any row), then every
 row, evaluates its likelihood figure and its samples under the judge, and writes `table.md` and `table.json` into the
 work folder. It goes on where it stopped: what is trained or evaluated is kept. Everything is done by the `braid`
-command; the commands are printed, so that any line can be repeated by hand. Timings are of rows trained one after the
-other on one machine: compare them with each other only.
+command; the commands are printed, so that any line can be repeated by hand. Speeds are measured apart, one row after
+the other with all cores; they are those of one machine, so compare them with each other only.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROWS: dict[str, list[str]] = {
@@ -27,7 +29,6 @@ ROWS: dict[str, list[str]] = {
     "CCDD control: features, no latent diffusion": ["objective.name=ccdd", "objective.latent_mode=features"],
     "CCDD control: random table": ["objective.name=ccdd", "objective.encoder.kind=random"],
     "RePlaid": ["objective.name=replaid"],
-    "RePlaid, no self-conditioning": ["objective.name=replaid", "objective.self_conditioning=false"],
     "Co-LADD": ["objective.name=co_ladd"],
     "Di-LADD": ["objective.name=di_ladd"],
     "ELF": ["objective.name=elf"],
@@ -43,10 +44,22 @@ JUDGE = [
 """What sets the judge apart: wider, and four times the tokens of a row."""
 
 
-def braid(*words: object) -> None:
+SPEED = ["training.steps=16", "training.log_every=1", "training.validate_every=0"]
+SPEED += ["optimizer.warmup_steps=1", "optimizer.decay_steps=1"]
+"""The short run that is timed."""
+
+
+def speed_run(run: Path) -> Path:
+    return run.with_name(run.name + "_speed")
+
+
+def braid(*words: object, log: Path | None = None, threads: int | None = None) -> None:
+    """Runs a command; what it prints goes to `log` where one is given."""
     command = ["braid", *map(str, words)]
     print("$", shlex.join(command), flush=True)
-    subprocess.run(command, check=True)
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    with open(log or os.devnull, "a") as file:
+        subprocess.run(command, check=True, env=environment, stdout=file if log else None)
 
 
 def main() -> None:
@@ -54,9 +67,10 @@ def main() -> None:
     parser.add_argument("--input", nargs="+", required=True, help="text files or folders, as for `braid prepare`")
     parser.add_argument("--tokenizer", required=True, help="as for `braid prepare`")
     parser.add_argument("--work", type=Path, default=Path("runs/compare"), help="where everything goes")
-    parser.add_argument("--steps", type=int, help="optimizer steps of each row; default: the recipe's")
-    parser.add_argument("--judge-steps", type=int, help="optimizer steps of the judge")
+    parser.add_argument("--settings", nargs="*", default=[], help="KEY=VALUE for every row, as for `braid pretrain`")
+    parser.add_argument("--judge-settings", nargs="*", default=[], help="KEY=VALUE for the judge")
     parser.add_argument("--rows", nargs="*", help="only rows whose name contains one of these words")
+    parser.add_argument("--jobs", type=int, default=1, help="rows at a time; each gets its share of the cores")
     parser.add_argument("--sequences", type=int, default=128, help="validation rows scored")
     parser.add_argument("--samples", type=int, default=64, help="samples judged for each number of steps")
     parser.add_argument("--sample-steps", default="8,32,128", help="numbers of denoising steps")
@@ -64,26 +78,40 @@ def main() -> None:
     args = parser.parse_args()
 
     data, judge = args.work / "data", args.work / "judge"
-    results = []
+    rows = {name: overrides for name, overrides in ROWS.items()
+            if not args.rows or any(word.lower() in name.lower() for word in args.rows)}  # fmt: skip
+    runs = {name: args.work / name.lower().translate(str.maketrans(" ,:=", "____")) for name in rows}
+    threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
+
+    def train(run: Path, settings: list[str]) -> None:
+        braid("pretrain", "compare_base", f"run.dir={run}", f"data.path={data}", *settings,
+              log=run.with_suffix(".log"), threads=threads)  # fmt: skip
+
+    def time(name: str) -> None:
+        if not speed_run(runs[name]).exists():
+            braid("pretrain", "compare_base", f"run.dir={speed_run(runs[name])}", f"data.path={data}", *rows[name],
+                  *SPEED, log=runs[name].with_suffix(".log"))  # fmt: skip
+
+    def evaluate(name: str) -> None:
+        evaluation = runs[name] / "comparison.json"
+        if not evaluation.exists():
+            steps = [] if name == "AR" else ["--sample-steps", args.sample_steps]  # AR takes one call a token
+            braid("evaluate", runs[name], "--metrics", "bound,generative", "--sequences", args.sequences, "--draws", 4,
+                  "--judge", judge, *steps, "--samples", args.samples, "--json", evaluation,
+                  log=runs[name].with_suffix(".log"), threads=threads)  # fmt: skip
+
     if not args.table_only:
         braid("prepare", "--input", *args.input, "--tokenizer", args.tokenizer, "--output", data,
               "--validation-fraction", "0.03")  # fmt: skip
-        steps = [f"training.steps={args.judge_steps}"] if args.judge_steps else []
-        braid("pretrain", "compare_base", f"run.dir={judge}", f"data.path={data}", *JUDGE, *steps)
-    for name, overrides in ROWS.items():
-        if args.rows and not any(word.lower() in name.lower() for word in args.rows):
-            continue
-        run = args.work / name.lower().translate(str.maketrans(" ,:=", "____"))
-        evaluation = run / "comparison.json"
-        if not args.table_only:
-            steps = [f"training.steps={args.steps}"] if args.steps else []
-            braid("pretrain", "compare_base", f"run.dir={run}", f"data.path={data}", *overrides, *steps)
-            if not evaluation.exists():
-                steps = [] if name == "AR" else ["--sample-steps", args.sample_steps]  # AR takes one call a token
-                braid("evaluate", run, "--metrics", "bound,generative", "--sequences", args.sequences, "--draws", 4,
-                      "--judge", judge, *steps, "--samples", args.samples, "--json", evaluation)  # fmt: skip
-        if evaluation.exists():
-            results.append(row(name, run, json.loads(evaluation.read_text())))
+        trained = [(judge, JUDGE + args.judge_settings)]
+        trained += [(runs[name], overrides + args.settings) for name, overrides in rows.items()]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(train, *zip(*trained, strict=True)))
+            list(pool.map(evaluate, rows))
+        for name in rows:
+            time(name)
+    results = [row(name, run, json.loads((run / "comparison.json").read_text()))
+               for name, run in runs.items() if (run / "comparison.json").exists()]  # fmt: skip
     (args.work / "table.json").write_text(json.dumps(results, indent=2) + "\n")
     text = table(results)
     (args.work / "table.md").write_text(text)
@@ -93,8 +121,8 @@ def main() -> None:
 def row(name: str, run: Path, evaluation: dict) -> dict:
     """One line of the table, from the run's records."""
     environment = json.loads((run / "environment.json").read_text())
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    speeds = sorted(r["tokens_per_second"] for r in records if r["split"] == "train")
+    timed = train_records(speed_run(run))[4:] or train_records(run)  # the first steps find their memory
+    speeds = sorted(record["tokens_per_second"] for record in timed)
     bounds = [figure for figure in evaluation["figures"] if figure["is_bound"]]
     first = bounds[0] if bounds else None
     return {
@@ -109,8 +137,15 @@ def row(name: str, run: Path, evaluation: dict) -> dict:
         "tokens_per_second": speeds[len(speeds) // 2],
         "parameters": environment["parameters"]["objective"],
         "frozen_parameters": environment["parameters"]["frozen_encoder"],
-        "tokens": max(r["tokens_seen"] for r in records),
+        "tokens": train_records(run)[-1]["tokens_seen"],
     }
+
+
+def train_records(run: Path) -> list[dict]:
+    """The training lines of a run's metrics; none where there is no such run."""
+    file = run / "metrics.jsonl"
+    records = map(json.loads, file.read_text().splitlines() if file.exists() else [])
+    return [record for record in records if record["split"] == "train"]
 
 
 def table(results: list[dict]) -> str:
