@@ -4,7 +4,8 @@
 
 A line of the input is `puzzle,solution`, 81 digits each, 0 where a cell is blank. Some puzzles are held out; the
 others are written several times under symmetries that keep them a Sudoku (relabelled digits, permuted bands, stacks,
-rows and columns, transposed). Everything is done by the `braid` command, and goes on where it stopped.
+rows and columns, transposed). `--clues` makes all of them easier: cells of the solution are given away until a puzzle
+has so many. Everything is done by the `braid` command, and goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -43,7 +44,14 @@ def symmetry(rng: random.Random) -> tuple[list[int], str]:
     return cells, "0" + "".join(rng.sample("123456789", 9))
 
 
-def write_pairs(pairs: list[tuple[str, str]], copies: int, path: Path, seed: int) -> None:
+def with_clues(puzzle: str, solution: str, num: int, rng: random.Random) -> str:
+    """The puzzle with blank cells filled in at random, until `num` are filled."""
+    blank = [cell for cell, digit in enumerate(puzzle) if digit == "0"]
+    given = set(rng.sample(blank, max(0, num - (81 - len(blank)))))
+    return "".join(solution[cell] if cell in given else digit for cell, digit in enumerate(puzzle))
+
+
+def write_pairs(pairs: list[tuple[str, str]], copies: int, clues: int, path: Path, seed: int) -> None:
     """JSON lines {"source": puzzle, "target": solution}: every pair, and `copies` - 1 symmetric ones of it."""
     rng = random.Random(seed)
     with open(path, "w") as file:
@@ -51,6 +59,7 @@ def write_pairs(pairs: list[tuple[str, str]], copies: int, path: Path, seed: int
             for copy in range(copies):
                 cells, digits = symmetry(rng) if copy else (list(range(81)), "0123456789")
                 puzzle, solution = ("".join(digits[int(grid[cell])] for cell in cells) for grid in grids)
+                puzzle = with_clues(puzzle, solution, clues, rng)
                 file.write(json.dumps({"source": puzzle, "target": solution}) + "\n")
 
 
@@ -65,6 +74,7 @@ def main() -> None:
     parser.add_argument("--input", type=Path, nargs="+", required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/sudoku"))
     parser.add_argument("--copies", type=int, default=4, help="symmetric versions of each training puzzle")
+    parser.add_argument("--clues", type=int, default=0, help="give cells away until each puzzle has so many")
     parser.add_argument("--steps", default="1,2,3,5,10,20,81", help="numbers of denoising steps")
     parser.add_argument("--puzzles", type=int, default=500, help="held-out puzzles answered")
     parser.add_argument("--overrides", nargs="*", default=[], help="key=value for both recipes")
@@ -77,7 +87,7 @@ def main() -> None:
     for name, (some, copies) in corpora.items():
         source = args.work / f"{name}.jsonl"
         if not source.exists():
-            write_pairs(some, copies, source, seed=0)
+            write_pairs(some, copies, args.clues, source, seed=0)
         fraction = 0.5 if name == "heldout" else 0.001
         braid("prepare", "--pairs", "--input", source, "--tokenizer", "bytes", "--output", args.work / name,
               "--validation-fraction", fraction)  # fmt: skip
