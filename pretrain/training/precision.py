@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from contextlib import nullcontext
 
 import torch
 
 from braid.pretrain.config.schema import RunConfig
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Names of two numbers in glibc's malloc.h."""
+ENVIRONMENT = ("MALLOC_", "GLIBC_TUNABLES")
+KEPT_BYTES, OWN_MAPPING_BYTES = (1 << 31) - 1, 1 << 30
+
 
 def prepare_process(config: RunConfig) -> None:
-    """Threads and determinism of this process. Called once, before anything is computed."""
+    """Threads, memory and determinism of this process. Called once, before anything is computed."""
+    _keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.deterministic:
@@ -26,3 +34,18 @@ def autocast(precision: str, device: torch.device) -> torch.autocast | nullconte
     if precision == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()
+
+
+def _keep_freed_memory() -> bool:
+    """Makes malloc keep what it was given back; whether it does.
+
+    By default glibc hands every freed block above 32 MiB back to the system, and every step faults the same pages in
+    again: a model with a large vocabulary then spends half of its time on a CPU there (see benchmarks/LOGBOOK.md).
+    Whoever has set malloc up in the environment is left alone, and so are other C libraries.
+    """
+    if not sys.platform.startswith("linux") or any(name.startswith(ENVIRONMENT) for name in os.environ):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    return bool(mallopt(M_MMAP_THRESHOLD, OWN_MAPPING_BYTES) and mallopt(M_TRIM_THRESHOLD, KEPT_BYTES))
