@@ -29,13 +29,14 @@ def help_text() -> str:
 
 @functools.cache
 def field_docstrings(cls: type) -> dict[str, str]:
-    """Field -> the docstring written under it in the class."""
+    """Field -> the docstring written under it in the class, or in the one it is inherited from."""
     found = {}
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
-    for field, below in zip(body, body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
-            assert isinstance(field.target, ast.Name) and isinstance(below.value, ast.Constant)
-            found[field.target.id] = inspect.cleandoc(below.value.value)
+    for owner in (owner for owner in reversed(cls.__mro__) if is_dataclass(owner)):
+        body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body
+        for field, below in zip(body, body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+                assert isinstance(field.target, ast.Name) and isinstance(below.value, ast.Constant)
+                found[field.target.id] = inspect.cleandoc(below.value.value)
     return found
 
 

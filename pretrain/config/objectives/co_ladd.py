@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from braid.pretrain.config.check import Check
 
-from .encoder import EncoderConfig, check_encoder
-from .ladd import check_ladd
+from .encoder import check_encoder
+from .ladd import LADDConfig, check_ladd
 
 if TYPE_CHECKING:
     from braid.pretrain.config.schema import Config
@@ -17,31 +17,18 @@ LATENT_SCHEDULES = ("sqrt", "cosine", "linear", "poly")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoLADDConfig:
+class CoLADDConfig(LADDConfig):
     """Latent-augmented discrete diffusion with continuous latents (Co-LADD, arXiv 2510.18114): masked tokens and a
     short sequence of Gaussian latents, the pooled representations of a frozen encoder, denoised by one network."""
 
     name: str = "co_ladd"
     """`co_ladd`"""
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    """The frozen encoder of the latents; its raw representations are pooled, then every slot gets unit norm."""
-    num_slots: int = 64
-    """Latent slots S' a text is pooled into."""
-    pooling: str = "adaptive_chunk_mean"
-    """`last_layer` (a slot for every token), `adaptive_chunk_mean` (means of S' chunks of the text) or
-    `adaptive_chunk_mean_eos` (the last slot is the last token's alone)."""
-    latent_positions: str = "rope"
-    """`rope`: slots follow the tokens in one rotary sequence; `learned`: an embedding for every slot, not rotated."""
     time_conditioning: str = "latents"
     """Which times the network is told: `none`, `latents` or `both`."""
     independent_times: bool = False
     """Draw the latents' time apart from the tokens'. Sequential sampling (all latents, then the text) needs it."""
     latent_schedule: str = "sqrt"
     """Squared signal over time: `sqrt` sqrt(1-t), `cosine`, `linear` 1-t or `poly` 1-t^latent_power."""
-    latent_power: float = 2.0
-    """Power of the `poly` schedule."""
-    time_eps: float = 1e-4
-    """Smallest training time, and the e of alpha = (1-2e)(1-t) + e (tokens) and of the latents' squared signal."""
     time_shift: float = 1.0
     """a of the training times a t / (1 + (a-1) t); 1 is none, below 1 moves towards clean. Bounds do not use it."""
     time_shift_correction: bool = False
@@ -50,10 +37,6 @@ class CoLADDConfig:
     """A sequence's masked tokens are hidden from the encoder with a probability drawn from U[0, hidden_max]."""
     latent_dropout: float = 0.15
     """Probability that a sequence trains without latents (y = 0, latent loss off)."""
-    latent_scale: float = 1.0
-    """Factor of the latent loss."""
-    stage_one_steps: int = 0
-    """Steps at the start without the latent loss."""
     latent_sigma: float = 0.02
     """Standard deviation s of q(y_0|x) = N(E(x), s^2 I), for the joint bounds only; 0 leaves y_0 = E(x)."""
 

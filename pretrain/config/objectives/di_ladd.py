@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 from braid.pretrain.config.check import Check
 
 from .encoder import EncoderConfig, check_encoder
-from .ladd import check_ladd
+from .ladd import LADDConfig, check_ladd
 
 if TYPE_CHECKING:
     from braid.pretrain.config.schema import Config
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiLADDConfig:
+class DiLADDConfig(LADDConfig):
     """Latent-augmented discrete diffusion with discrete latents (Di-LADD, arXiv 2510.18114): masked tokens and a short
     sequence of masked codes, the vector-quantised pooled representations of an encoder, denoised by one network."""
 
@@ -26,13 +26,6 @@ class DiLADDConfig:
     encoder_layers: int = 0
     """For objective.encoder.kind = `learned` (a transformer trained with the rest; its last S' outputs are the slots):
     its blocks, of the model's width; 0 takes as many as the model has."""
-    num_slots: int = 64
-    """Latent slots S' a text is pooled into."""
-    pooling: str = "adaptive_chunk_mean"
-    """`last_layer` (a slot for every token), `adaptive_chunk_mean` (means of S' chunks of the text) or
-    `adaptive_chunk_mean_eos` (the last slot is the last token's alone)."""
-    latent_positions: str = "rope"
-    """`rope`: slots follow the tokens in one rotary sequence; `learned`: an embedding for every slot, not rotated."""
     time_conditioning: str = "none"
     """Which times the network is told: `none` (the masks show them), `latents` or `both`."""
     independent_times: bool = True
@@ -49,18 +42,10 @@ class DiLADDConfig:
     """For a learned encoder: factor of the loss that draws the encoder's outputs to their codes."""
     latent_schedule: str = "linear"
     """Survival of a code: `linear` 1-t or `poly` 1-t^latent_power."""
-    latent_power: float = 2.0
-    """Power of the `poly` schedule."""
-    time_eps: float = 1e-4
-    """Smallest training time, and the e of alpha = (1-2e)(1-t) + e of tokens and codes."""
     hidden_max: float = 0.0
     """A sequence's masked tokens are hidden from the encoder with a probability drawn from U[0, hidden_max]."""
     latent_dropout: float = 0.0
     """Probability that a sequence trains without latents (all codes masked, latent loss off)."""
-    latent_scale: float = 1.0
-    """Factor of the codes' loss."""
-    stage_one_steps: int = 0
-    """Steps at the start without the codes' loss."""
 
 
 def check(check: Check, config: Config) -> None:

@@ -1,7 +1,8 @@
-"""What can be wrong with the settings that both forms of LADD share."""
+"""Settings that both forms of LADD share, and what can be wrong with them."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from braid.pretrain.config.check import Check
@@ -12,6 +13,30 @@ if TYPE_CHECKING:
     from braid.pretrain.config.schema import Config
 
 POOLINGS = ("last_layer", "adaptive_chunk_mean", "adaptive_chunk_mean_eos")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LADDConfig:
+    """What latent-augmented discrete diffusion (LADD, arXiv 2510.18114) needs whatever its latents are."""
+
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    """The encoder of the latents; a frozen one's raw representations are pooled."""
+    num_slots: int = 64
+    """Latent slots S' a text is pooled into."""
+    pooling: str = "adaptive_chunk_mean"
+    """`last_layer` (a slot for every token), `adaptive_chunk_mean` (means of S' chunks of the text) or
+    `adaptive_chunk_mean_eos` (the last slot is the last token's alone)."""
+    latent_positions: str = "rope"
+    """`rope`: slots follow the tokens in one rotary sequence; `learned`: an embedding for every slot, not rotated."""
+    latent_power: float = 2.0
+    """Power of the `poly` schedule."""
+    time_eps: float = 1e-4
+    """Smallest training time, and the e of alpha = (1-2e)(1-t) + e (of tokens, and of codes or of the latents' squared
+    signal)."""
+    latent_scale: float = 1.0
+    """Factor of the latents' loss."""
+    stage_one_steps: int = 0
+    """Steps at the start without the latents' loss."""
 
 
 def check_ladd(check: Check, config: Config) -> None:
