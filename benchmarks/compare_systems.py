@@ -35,6 +35,10 @@ ROWS: dict[str, list[str]] = {
 }
 """Row -> overrides of the recipe `compare_base`."""
 
+HEADLINES = ("nll", "bound", "token_bound")
+"""The figure that stands for a row: what the tokens cost. Of joint models the bound whose latents come from the visible
+tokens; that of tokens and latents together has a column of its own."""
+
 JUDGE = [
     "objective.name=ar",
     "model.width=256",
@@ -123,14 +127,15 @@ def row(name: str, run: Path, evaluation: dict) -> dict:
     environment = json.loads((run / "environment.json").read_text())
     timed = train_records(speed_run(run))[4:] or train_records(run)  # the first steps find their memory
     speeds = sorted(record["tokens_per_second"] for record in timed)
-    bounds = [figure for figure in evaluation["figures"] if figure["is_bound"]]
-    first = bounds[0] if bounds else None
+    bounds = {figure["name"]: figure for figure in evaluation["figures"] if figure["is_bound"]}
+    first = next((bounds[name] for name in HEADLINES if name in bounds), None)
     return {
         "name": name,
         "bound": first and first["value"],
         "standard_error": first and first["standard_error"],
         "bits_per_byte": first and first["bits_per_byte"],
         "label": first["label"] if first else "n/a",
+        "joint_nelbo": bounds["joint_nelbo"]["value"] if "joint_nelbo" in bounds else None,
         "figures": {figure["name"]: figure["value"] for figure in evaluation["figures"]},
         "unigram_entropy": evaluation["unigram_entropy"]["value"],
         "generative": evaluation.get("generative", []),
@@ -151,7 +156,8 @@ def train_records(run: Path) -> list[dict]:
 def table(results: list[dict]) -> str:
     """The table in Markdown; what does not exist is n/a."""
     steps = sorted({entry["steps"] for result in results for entry in result["generative"] if entry.get("steps")})
-    head = ["system", "nats per token", "bits per byte", *(f"judge perplexity (entropy), {s} steps" for s in steps)]
+    head = ["system", "nats per token", "bits per byte", "joint NELBO"]
+    head += [f"judge perplexity (entropy), {s} steps" for s in steps]
     head += ["tokens/s", "parameters", "of a frozen encoder"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for result in results:
@@ -159,6 +165,7 @@ def table(results: list[dict]) -> str:
         cells = [result["name"]]
         cells += [f"{result['bound']:.3f} ± {result['standard_error']:.3f}" if result["bound"] is not None else "n/a"]
         cells += [f"{result['bits_per_byte']:.3f}" if result["bits_per_byte"] is not None else "n/a"]
+        cells += [f"{result['joint_nelbo']:.2f}" if result["joint_nelbo"] is not None else "-"]
         for s in steps:
             entry = by_steps.get(s, by_steps.get(None))
             cells.append(f"{entry['perplexity']:.0f} ({entry['entropy']:.2f})" if entry else "n/a")
