@@ -325,7 +325,8 @@ def test_sums_gradients_and_statistics_of_micro_batches_add_up(name, options):
     for key, value in whole.statistics.items():
         assert torch.allclose(sum(loss.statistics[key] for loss in split), value, atol=1e-6), key
     for a, b in zip(one, many, strict=True):
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+        # Terms of weights up to 1000 cancel in a sum: float32's error is relative to the tensor, not to the entry.
+        assert (a - b).abs().max() <= 1e-4 * a.abs().max() + 1e-7
 
 
 def test_the_learned_encoder_learns_from_the_tokens_and_from_commitment():

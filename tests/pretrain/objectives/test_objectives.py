@@ -76,7 +76,8 @@ def test_sums_and_gradients_of_micro_batches_add_up(objective):
         assert float(whole.bucket_sums.sum()) == pytest.approx(float(whole.total), rel=1e-5)
         assert float(whole.bucket_counts.sum()) == int(whole.count)
     for a, b in zip(one, many, strict=True):
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+        # Terms of weights up to 1000 cancel in a sum: float32's error is relative to the tensor, not to the entry.
+        assert (a - b).abs().max() <= 1e-4 * a.abs().max() + 1e-7
 
 
 def per_position_loss(objective, corrupted, prediction) -> torch.Tensor:
