@@ -18,6 +18,10 @@ COMMANDS = {
     "prepare": ("tokenise texts into a corpus", "braid.data_pipeline.prepare"),
     "sample": ("draw texts from a checkpoint", "braid.pretrain.sampling.command"),
     "evaluate": ("bounds and qualities of a checkpoint, with standard errors", "braid.pretrain.evaluation.command"),
+    "plan": (
+        "parameters, memory, traffic, time and disk of a recipe on so many GPUs",
+        "braid.pretrain.planning.command",
+    ),
     "report": ("write a run's report.html", "braid.pretrain.report.command"),
     "demo": ("train, evaluate and sample small models on this machine", "braid.pretrain.demo"),
     "doctor": ("what is installed, what works, what was picked and why", "braid.launch.doctor"),
@@ -58,7 +62,7 @@ def _dispatch(words: list[str]) -> int:
     module = importlib.import_module(module_name)
     own = argparse.ArgumentParser(prog=f"braid {name}", description=f"{summary[0].upper()}{summary[1:]}.")
     module.add_arguments(own)
-    return module.main(own.parse_args(rest))
+    return module.main(own.parse_intermixed_args(rest))
 
 
 def _epilog() -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from braid.parallel.plan import ParallelConfig
 from braid.pretrain.config.objectives import ObjectiveConfig
 from braid.pretrain.config.objectives.mdlm import MDLMConfig
 
@@ -201,6 +202,8 @@ class Config:
     """How it is learnt."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """How long."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Over which processes it is spread."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """What is kept."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

@@ -10,18 +10,20 @@ from __future__ import annotations
 import math
 
 from braid.kernels.errors import ConfigError
+from braid.parallel.plan import check_plan
 from braid.pretrain.config.check import Check
 from braid.pretrain.config.objectives import CHECKS, OBJECTIVES
 from braid.pretrain.config.problem import Problem, configuration_error, listed
 from braid.pretrain.config.sampling import check_sampling
 from braid.pretrain.config.schema import Config, ModelConfig, OptimizerConfig, TrainingConfig
+from braid.pretrain.planning.facts import plan_facts
 
 SEEDS = range(2**64)
 SHORTEST_ROW = {"wrap": 4, "stream": 2, "pairs": 4}
 """BOS + two tokens + EOS; one token to predict the next from; BOS and two EOS around one token."""
 
 
-def validate(config: Config, *, world_size: int = 1) -> None:
+def validate(config: Config, *, world_size: int | None = None) -> None:
     """Raise ConfigError with all problems, if there are any."""
     found = problems(config, world_size=world_size)
     if found:
@@ -36,18 +38,19 @@ def check_seed(seed: int) -> None:
         )
 
 
-def problems(config: Config, *, world_size: int = 1) -> list[Problem]:
-    """All problems of a configuration that is to run on `world_size` data-parallel ranks, in the order of the schema.
+def problems(config: Config, *, world_size: int | None = None) -> list[Problem]:
+    """All problems of a configuration that is to run on `world_size` processes, in the order of the schema.
 
-    What is wrong at world size 1 is wrong at every world size.
+    None is the smallest number of processes that its parallel plan takes. What is wrong there is wrong everywhere.
     """
-    assert world_size >= 1
+    assert world_size is None or world_size >= 1
     check = Check()
     _run_and_data(check, config)
     _model(check, config.model)
     _objective(check, config)
     _optimizer(check, config.optimizer, config.training.steps)
-    _training(check, config.training, world_size)
+    _training(check, config.training)
+    _parallel(check, config, world_size)
     _rest(check, config)
     return check.problems
 
@@ -159,14 +162,10 @@ def _optimizer(check: Check, optimizer: OptimizerConfig, steps: int) -> None:
         )
 
 
-def _training(check: Check, training: TrainingConfig, world_size: int) -> None:
+def _training(check: Check, training: TrainingConfig) -> None:
     check.at_least("training.steps", training.steps, 1)
-    sized = [
-        check.at_least("training.global_batch_size", training.global_batch_size, 1),
-        check.at_least("training.micro_batch_size", training.micro_batch_size, 1),
-    ]
-    if all(sized):
-        _batch(check, training.global_batch_size, training.micro_batch_size, world_size)
+    check.at_least("training.global_batch_size", training.global_batch_size, 1)
+    check.at_least("training.micro_batch_size", training.micro_batch_size, 1)
     check.within("training.ema_decay", training.ema_decay, "[)", 0, 1)
     check.at_least("training.log_every", training.log_every, 1)
     check.at_least("training.validate_every", training.validate_every, 0)
@@ -175,30 +174,20 @@ def _training(check: Check, training: TrainingConfig, world_size: int) -> None:
     check.at_least("training.num_samples", training.num_samples, 1)
 
 
-def _batch(check: Check, size: int, micro: int, world_size: int) -> None:
-    """The global batch is a whole number of micro-batches on every rank; if not, two ways out."""
-    together = micro * world_size
-    if size % together == 0:
-        return
-    ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
-    lower, upper = _around(size, together)
-    closest = min((number for number in (lower, upper) if number), key=lambda number: abs(number - size))
-    ways = [f"training.global_batch_size={closest}"]
-    share, rest = divmod(size, world_size)
-    micros = [n for n in range(max(1, micro // 4), micro + 1) if share and rest == 0 and share % n == 0]
-    if micros:
-        ways.append(f"training.micro_batch_size={micros[-1]}")
-    elif lower:
-        ways.append(f"training.global_batch_size={lower + upper - closest}")
-    else:
-        ways.append(f"training.global_batch_size={world_size} training.micro_batch_size=1")
-    check.add(
-        "training.global_batch_size must be a multiple of training.micro_batch_size x ranks",
-        found=f"{size} is less than {micro} x {ranks} = {together}"
-        if size < together
-        else f"{size} = {size // together} x ({micro} x {ranks} = {together}) + {size % together}",
-        change=", or ".join(ways),
+def _parallel(check: Check, config: Config, world_size: int | None) -> None:
+    """The plan against the sizes of model and batch, once those are sizes."""
+    model, training = config.model, config.training
+    sizes = (
+        model.num_layers,
+        model.num_heads,
+        model.width * model.mlp_ratio,
+        config.data.sequence_length,
+        training.global_batch_size,
+        training.micro_batch_size,
     )
+    if all(1 <= size < math.inf for size in sizes):
+        for problem in check_plan(config.parallel, plan_facts(config), world_size):
+            check.add(*problem)
 
 
 def _rest(check: Check, config: Config) -> None:

@@ -1,0 +1,191 @@
+"""Bytes of GPU memory that each process of a plan needs, by item. The sources are in this package's docstring."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from braid.parallel.data_parallel import BUCKET_BYTES
+from braid.parallel.plan import ParallelConfig
+from braid.pretrain.config.schema import Config
+
+from .activations import FLOAT, HALF, Cost
+from .network import PlannedParameter
+
+USABLE = 0.92
+"""Share of a GPU's memory that a plan may count on; the rest is the driver's, NCCL's and lost between allocations."""
+DEEPSPEED_BUCKET = 5e8
+"""Elements of DeepSpeed's default buckets for reducing and gathering."""
+LOGIT_BYTES = {"gidd": 20, "duo": 26, "replaid": 22}
+"""Bytes held for every logit while the loss is differentiated, as measured. For other objectives PLAIN_LOGIT_BYTES: the
+logits, their log-probabilities, and the gradients after and before the softmax, in float32."""
+PLAIN_LOGIT_BYTES = 16
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes per parameter of what outlives a step, and which of it the ranks with the same weights divide."""
+
+    weights: int
+    gradients: int
+    master: int
+    """A float32 copy that the optimizer steps, where the weights are not it."""
+    copies: int
+    """bf16 copies of float32 matrices, made by autocast."""
+    divided: frozenset[str]
+    """Of `weights`, `gradients` and `state` (master copy, moments, average)."""
+
+
+def state_bytes(plan: ParallelConfig, precision: str) -> StateBytes:
+    """How an engine keeps weights, gradients and optimizer state.
+
+    `plain` (and DeepSpeed without ZeRO): float32 under autocast, everything on every rank. `megatron`, bf16: weights
+    bf16, gradients float32, the state divided. `deepspeed`: the same, from stage 2 gradients divided and from stage 3
+    weights; it keeps a float32 copy of its part in any precision.
+    """
+    half = precision == "bf16"
+    if plan.engine == "plain" or (plan.engine == "deepspeed" and plan.zero == 0):
+        return StateBytes(FLOAT, FLOAT, 0, HALF if half else 0, frozenset())
+    divided = {"state"} | ({"gradients"} if plan.zero >= 2 else set()) | ({"weights"} if plan.zero == 3 else set())
+    master = FLOAT if half or plan.engine == "deepspeed" else 0
+    return StateBytes(HALF if half else FLOAT, FLOAT, master, 0, frozenset(divided))
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the processes of one pipeline stage work with."""
+
+    stage: int
+    parameters: list[PlannedParameter]
+    costs: list[Cost] | None
+    """Of its blocks, for one micro-batch and process, as the plan divides them; None where they are not known."""
+    num_logits: float
+    """Logits of a micro-batch on one process; 0 on a stage without head."""
+    head_kept: float
+    """Bytes that the head keeps beside logits."""
+    in_flight: float
+    """Micro-batches that wait for their backward pass at the fullest moment."""
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Of one process of a pipeline stage, in bytes."""
+
+    stage: int
+    parameters: int
+    """Elements that one process works with."""
+    held: dict[str, float]
+    """All the time."""
+    activations: float | None
+    """Kept for the backward pass of all micro-batches in flight; None where it is not known."""
+    head: float
+    """While the loss is differentiated."""
+    block: float
+    """While a block is differentiated: its gradients, and with recomputation what it keeps."""
+    step: float
+    """In the optimizer's step, when the activations are gone."""
+    host: float
+    """Held in the memory of the node or on its disks (offload)."""
+
+    @property
+    def total(self) -> float | None:
+        """GPU memory at the fullest moment."""
+        if self.activations is None:
+            return None
+        return sum(self.held.values()) + max(self.activations + max(self.head, self.block), self.step)
+
+
+def stage_memory(load: Load, config: Config, *, num_ranks: int, encoder_bytes: float) -> StageMemory:
+    """Memory of one stage, whose weights `num_ranks` have and whose state they divide as the engine does."""
+    plan, each = config.parallel, state_bytes(config.parallel, config.run.precision)
+    share = {kind: num_ranks if kind in each.divided else 1 for kind in ("weights", "gradients", "state")}
+    size = sum(p.held for p in load.parameters)
+    trained = sum(p.held for p in load.parameters if p.trained)
+    moments = sum(p.held * p.moments for p in load.parameters if p.trained)
+    copies = each.copies * sum(p.held for p in load.parameters if p.is_matrix)
+    recomputes = config.model.activation_checkpointing == "block"
+
+    weights = {"weights": each.weights * _part(size, share["weights"])}
+    state = {
+        "float32 master weights": each.master * _part(trained, share["state"]),
+        "Adam's moments" if config.optimizer.name == "adamw" else "Muon's momentum, Adam's moments": FLOAT
+        * _part(moments, share["state"]),
+        "average of the weights (EMA)": FLOAT * _part(size, share["state"]) if config.training.ema_decay else 0.0,
+    }
+    # Each micro-batch has copies of its own; blocks that run again make theirs again, one block at a time.
+    kept_copies = each.copies * _largest_block(load) if recomputes else copies * load.in_flight
+    offloaded = {} if plan.offload == "none" else state | (weights if plan.zero == 3 else {})
+    held = {
+        **weights,
+        "bf16 copies of the matrices": kept_copies,
+        "gradients": each.gradients * _part(trained, share["gradients"]),
+        **state,
+        "frozen encoder": encoder_bytes,
+        "communication buffers": _buffers(load, config, size, num_ranks),
+    }
+    kept = again = gradients = 0.0
+    if load.costs:
+        kept = sum(cost.state if recomputes else cost.kept for cost in load.costs) * load.in_flight
+        again = max(cost.kept for cost in load.costs) if recomputes else 0.0
+        gradients = max(cost.state + cost.widest for cost in load.costs)
+    loss = LOGIT_BYTES.get(config.objective.name, PLAIN_LOGIT_BYTES) * load.num_logits
+    # When the forward pass ends, the copies of all blocks are still there, and the logits in both precisions.
+    forward = max(0.0, copies - kept_copies) + (FLOAT + HALF) * load.num_logits
+    return StageMemory(
+        stage=load.stage,
+        parameters=size,
+        held={name: number for name, number in held.items() if number and name not in offloaded},
+        activations=None if load.costs is None else kept + load.head_kept,
+        head=max(loss, forward),
+        block=again + gradients + FLOAT * load.num_logits,  # the prediction, which holds the logits, is still there
+        step=FLOAT * _part(trained, share["state"]) if plan.offload == "none" else 0.0,
+        host=sum(offloaded.values()),
+    )
+
+
+def micro_batches_in_flight(plan: ParallelConfig, stage: int, num_micro_batches: int) -> float:
+    """Micro-batches whose activations a stage keeps at its fullest moment; a piece of an interleaved stage counts as
+    its share of one.
+
+    1F1B: one for this stage and one for each after it. Interleaved: the 2 (p - 1 - i) + (v - 1) p pieces of Megatron's
+    warm-up, and one more.
+    """
+    after = plan.pipeline - 1 - stage
+    if plan.virtual == 1:
+        return min(after + 1, num_micro_batches)
+    pieces = 2 * after + (plan.virtual - 1) * plan.pipeline + 1
+    return min(pieces, num_micro_batches * plan.virtual) / plan.virtual
+
+
+def _part(elements: float, num_ranks: int) -> float:
+    """Elements of the parameters laid end to end and cut into `num_ranks` equal pieces, the last one padded."""
+    return -(-elements // num_ranks)
+
+
+def _largest_block(load: Load) -> int:
+    """Elements of the matrices of the largest block, and of those outside blocks."""
+    sizes = _by_place([parameter for parameter in load.parameters if parameter.is_matrix])
+    blocks = [size for place, size in sizes.items() if isinstance(place, int)]
+    return max(blocks, default=0) + sum(size for place, size in sizes.items() if not isinstance(place, int))
+
+
+def _by_place(parameters: list[PlannedParameter]) -> dict[int | str, int]:
+    sizes: dict[int | str, int] = {}
+    for parameter in parameters:
+        sizes[parameter.place] = sizes.get(parameter.place, 0) + parameter.held
+    return sizes
+
+
+def _buffers(load: Load, config: Config, size: int, num_ranks: int) -> float:
+    """Room that collectives need beside what they send from and to."""
+    plan, num_bytes = config.parallel, HALF if config.run.precision == "bf16" else FLOAT
+    room = 0.0
+    if plan.engine == "plain" and num_ranks > 1:
+        room += min(BUCKET_BYTES, FLOAT * size)
+    elif plan.engine == "deepspeed":
+        bucket = min(DEEPSPEED_BUCKET, size) * num_bytes
+        room += bucket * (2 if plan.overlap else 1)  # one is filled while the other travels
+        # ZeRO 3 has the weights in use and those fetched ahead.
+        room += bucket if plan.zero < 3 else num_bytes * sum(sorted(_by_place(load.parameters).values())[-2:])
+    if plan.pipeline > 1 and load.costs:
+        room += 4 * max(cost.state for cost in load.costs)  # to and from both neighbours
+    return room
