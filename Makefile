@@ -19,6 +19,9 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --c
 PYTEST := $(VENV)/bin/pytest
 BUILD := setup.py pyproject.toml constraints.txt
 
+# DeepSpeed comes as source: its kernels are compiled when one is first used, not here.
+export DS_BUILD_OPS := 0
+
 ifdef PIP_EXTRA_INDEX_URL
 export PIP_EXTRA_INDEX_URL
 endif

@@ -281,7 +281,8 @@ ENTRIES = (
     ),
     _Entry(
         "transformer-engine",
-        *["not used: layers are torch's"] * 2,
+        "parallel.engine=megatron steps with its fused Adam; layers are torch's and Megatron-core's",
+        "not needed: layers are torch's and Megatron-core's",
         probes.transformer_engine,
         module="transformer_engine.pytorch",
         symbol="Linear",
@@ -290,7 +291,8 @@ ENTRIES = (
     ),
     _Entry(
         "apex",
-        *["not used: the optimizer is torch's AdamW"] * 2,
+        "parallel.engine=megatron steps with its fused Adam where there is no transformer-engine",
+        "not needed: optimizers are torch's",
         probes.apex,
         module="apex.optimizers",
         symbol="FusedAdam",
@@ -299,19 +301,23 @@ ENTRIES = (
     ),
     _Entry(
         "megatron-core",
-        *["not used: no tensor or pipeline parallelism yet"] * 2,
+        "parallel.tensor, .context and .pipeline can be above 1, and parallel.engine=megatron can be chosen",
+        "keep parallel.tensor, .context and .pipeline at 1 and parallel.engine=plain",
+        probes.megatron,
         module="megatron.core",
         symbol="parallel_state",
         distribution="megatron-core",
-        install="pip install megatron-core",
+        install="pip install 'braid-lm[megatron]'",
     ),
     _Entry(
         "deepspeed",
-        *["not used: no ZeRO yet"] * 2,
+        "parallel.engine=deepspeed (ZeRO) can be chosen, where megatron-core works too",
+        "parallel.engine=deepspeed (ZeRO) is refused",
+        probes.deepspeed,
         module="deepspeed",
         symbol="initialize",
         distribution="deepspeed",
-        install="pip install deepspeed",
+        install="DS_BUILD_OPS=0 pip install 'braid-lm[deepspeed]'",
     ),
 )
 

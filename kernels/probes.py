@@ -165,3 +165,19 @@ def apex() -> str:
     weight.grad = torch.ones_like(weight)
     FusedAdam([weight]).step()
     return "a step of FusedAdam ran"
+
+
+def megatron() -> str:
+    import megatron.core
+
+    if not megatron.core.__version__.startswith("0.16."):
+        raise RuntimeError(f"Braid works with Megatron-core 0.16, this is {megatron.core.__version__}")
+    return f"its layers, schedules and optimizers on {_device()}"
+
+
+def deepspeed() -> str:
+    import deepspeed.comm
+    from deepspeed.accelerator import get_accelerator
+
+    assert not deepspeed.comm.is_initialized()
+    return f"its accelerator is {get_accelerator().device_name()}"

@@ -71,9 +71,33 @@ def test_doctor_reports_this_machine(machine):
     assert table["attention"].status == "works" and "math" in table["attention"].found
     assert table["cuda"].status == ("works" if torch.cuda.is_available() else "missing")
     assert ("CPU" in table["cuda"].choice) == (not torch.cuda.is_available())
-    for name in ("pyarrow", "transformers", "wandb", "mosaicml-streaming"):
+    for name in ("pyarrow", "transformers", "wandb", "mosaicml-streaming", "megatron-core", "deepspeed"):
         assert table[name].status == ("works" if installed(name) else "missing"), table[name]
         assert table[name].version == installed(name)
+
+
+def test_doctor_says_what_shards(machine):
+    """What each package for parallelism gives, and what goes without it."""
+    table = {line["name"]: Capability(**line) for line in machine["capabilities"]}
+    megatron, deepspeed = table["megatron-core"], table["deepspeed"]
+    assert ("can be above 1" in megatron.choice) == (megatron.status == "works")
+    assert ("can be chosen" in deepspeed.choice) == (deepspeed.status == "works")
+    assert ("refused" in deepspeed.choice) == (deepspeed.status != "works")
+    for name in ("transformer-engine", "apex", "flash-attn"):
+        assert (table[name].status == "missing") == (installed(name) is None or not on_gpu()), table[name]
+        assert table[name].choice.startswith("not") == (table[name].status != "works" or name == "flash-attn")
+
+
+def on_gpu():
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def test_another_version_of_megatron_is_broken(fake):
+    fake("megatron.core", "__version__ = '0.17.1'\nparallel_state = 1")
+    answers = capabilities._probe_all(["megatron-core"])
+    assert answers == {"megatron-core": ("broken", "RuntimeError: Braid works with Megatron-core 0.16, this is 0.17.1")}
 
 
 def test_doctor_imports_no_torch_until_it_probes():
@@ -82,7 +106,8 @@ def test_doctor_imports_no_torch_until_it_probes():
         "from braid.kernels.capabilities import report\n"
         "table = {line.name: line for line in report(probe=False)}\n"
         "assert table['torch'].status == 'untried' and table['torch'].version, table['torch']\n"
-        "heavy = {'torch', 'numpy', 'pyarrow', 'transformers', 'wandb', 'streaming'} & set(sys.modules)\n"
+        "heavy = {'torch', 'numpy', 'pyarrow', 'transformers', 'wandb', 'streaming', 'megatron', 'deepspeed', 'apex',"
+        " 'flash_attn', 'transformer_engine'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", script], env=PYTHON, check=True)
@@ -125,10 +150,10 @@ def test_crashes_and_exits_cost_only_their_own_line(fake):
 
 def test_a_hanging_import_is_given_up(fake, monkeypatch):
     fake("webdataset", "import time; time.sleep(60)")
-    fake("deepspeed", "initialize = 1")
+    fake("wandb", "init = 1")
     monkeypatch.setattr(capabilities, "PROBING_SECONDS", 2)
-    answers = capabilities._probe_all(["webdataset", "deepspeed"])
-    assert answers == {"webdataset": ("broken", "no answer within 2 s"), "deepspeed": ("works", "imported")}
+    answers = capabilities._probe_all(["webdataset", "wandb"])
+    assert answers == {"webdataset": ("broken", "no answer within 2 s"), "wandb": ("works", "imported")}
 
 
 def test_a_folder_in_the_working_directory_is_not_a_package(tmp_path, monkeypatch):

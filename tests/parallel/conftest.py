@@ -1,6 +1,17 @@
-"""Makes rank_bodies importable by the tests of this folder and by the processes they start."""
+"""Makes the helpers of this folder, and those that start processes, importable by its tests."""
 
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parent))
+import pytest
+
+HERE = Path(__file__).parent
+sys.path += [str(HERE), str(HERE.parent / "pretrain" / "training")]
+
+from rank_processes import run_on_ranks  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """`ranks(body, n, *args)`: what `body(world, *args)` returns on each of n processes (rank_processes.py)."""
+    return run_on_ranks
