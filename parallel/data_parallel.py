@@ -12,13 +12,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from braid.kernels.errors import ConfigError, TrainingFailed
+
+if TYPE_CHECKING:
+    from braid.parallel.mesh import Axis
 
 BUCKET_BYTES = 32 * 2**20
 TIMEOUT_S = 600.0
@@ -151,8 +154,8 @@ def init_world(device: str, timeout_s: float = TIMEOUT_S) -> World:
     return world
 
 
-def reduce_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
-    """Replace every gradient by its sum over the ranks, through float32 buckets of at most 32 MiB.
+def reduce_gradients(parameters: Iterable[nn.Parameter], world: World | Axis) -> None:
+    """Replace every gradient by its sum over the ranks, or those of an axis, by way of float32 buckets of 32 MiB.
 
     Buckets are cut from the parameters laid end to end in the order given, which must be the same on every rank. They
     depend on nothing else (not on which gradient is ready first), so the same gradients give the same bits in every

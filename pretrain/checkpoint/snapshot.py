@@ -15,6 +15,8 @@ from torch import Tensor
 from braid.data_pipeline.tokenizers import Tokenizer, load_tokenizer
 from braid.kernels.errors import CheckpointError
 from braid.kernels.random import CONTRACT_VERSION
+from braid.parallel.layers import whole_shape
+from braid.parallel.mesh import Axis
 from braid.pretrain.config.load import dump_config, load_config
 from braid.pretrain.config.schema import Config
 from braid.pretrain.model.encoders import TableEncoder
@@ -23,6 +25,7 @@ from braid.pretrain.objectives.build import build_objective, saved_encoder
 from braid.pretrain.training.ema import EMA
 from braid.pretrain.training.optimizer import load_optimizer_tensors, optimizer_tensors
 
+from .layout import cut_tensors, gather_tensors, shards_of
 from .store import CheckpointStore
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -60,25 +63,33 @@ def checkpoint_files(config: Config, tokenizer: Tokenizer) -> dict[str, bytes]:
     return files
 
 
+def tensors_to_save(
+    objective: Objective, optimizer: torch.optim.Optimizer, ema: EMA | None, tensor: Axis
+) -> dict[str, dict[str, Tensor]]:
+    """All tensors of a checkpoint by group, whole whatever the layout. Collective over the axis `tensor`, whose ranks
+    get the same."""
+    groups = {"weights": dict(objective.state_dict()), "optimizer": optimizer_tensors(optimizer, objective)}
+    if ema:
+        groups["ema"] = dict(ema.tensors)
+    shards = shards_of(objective)
+    groups = {name: gather_tensors(tensors, shards, tensor) for name, tensors in groups.items()}
+    encoder = getattr(objective, "encoder", None)
+    if isinstance(encoder, TableEncoder):
+        groups["encoder"] = {"table": encoder.table}
+    return groups
+
+
 def take(
     config: Config,
     step: int,
     objective: Objective,
-    optimizer: torch.optim.Optimizer,
-    ema: EMA | None,
+    groups: dict[str, dict[str, Tensor]],
     state: dict[str, Any],
     tokenizer: Tokenizer,
 ) -> Snapshot:
-    """Everything needed to continue bit for bit, or to sample and evaluate elsewhere without the corpus."""
-    groups = {
-        "weights": dict(objective.state_dict()),
-        "optimizer": optimizer_tensors(optimizer, objective),
-    }
-    if ema:
-        groups["ema"] = dict(ema.tensors)
+    """Everything needed to continue bit for bit, or to sample and evaluate elsewhere without the corpus. `groups` are
+    the objective's `tensors_to_save`."""
     encoder = getattr(objective, "encoder", None)
-    if isinstance(encoder, TableEncoder):
-        groups["encoder"] = {"table": encoder.table}
     identity = {
         "step": step,
         "objective": config.objective.name,
@@ -117,7 +128,9 @@ def restore(
         for name, value in running.items()
         if snapshot.state[name] != value
     ]
-    differences += _shape_differences(snapshot.groups["weights"], dict(objective.state_dict()))
+    running_shapes = {name: tensor.shape for name, tensor in objective.state_dict().items()}
+    running_shapes |= {name: whole_shape(parameter) for name, parameter in objective.named_parameters()}
+    differences += _shape_differences(snapshot.groups["weights"], running_shapes)
     changes = _setting_changes(snapshot.config, config)
     meaningful = ("model.", "objective.", "optimizer.name")
     fixed = {field: change for field, change in changes.items() if field.startswith(meaningful)}
@@ -128,10 +141,11 @@ def restore(
             found="; ".join(differences),
             change="use the configuration it was saved with (config.yaml in the run directory), or another run.dir",
         )
-    objective.load_state_dict(snapshot.groups["weights"])
-    load_optimizer_tensors(optimizer, objective, snapshot.groups["optimizer"])
+    shards = shards_of(objective)
+    objective.load_state_dict(cut_tensors(snapshot.groups["weights"], shards))
+    load_optimizer_tensors(optimizer, objective, cut_tensors(snapshot.groups["optimizer"], shards))
     if ema and "ema" in snapshot.groups:
-        ema.load(snapshot.groups["ema"])
+        ema.load(cut_tensors(snapshot.groups["ema"], shards))
     elif ema:
         raise CheckpointError(
             "the checkpoint has no averaged weights",
@@ -157,14 +171,14 @@ def _setting_changes(saved: Config, running: Config) -> dict[str, str]:
     return {name: f"{before[name]} -> {now[name]}" for name in now if name in before and before[name] != now[name]}
 
 
-def _shape_differences(saved: dict[str, Tensor], running: dict[str, Tensor]) -> list[str]:
+def _shape_differences(saved: dict[str, Tensor], running: dict[str, torch.Size]) -> list[str]:
     """At most a handful of lines: names on one side only, and tensors of other shapes."""
     lines = [f"{name} only in the checkpoint" for name in sorted(saved.keys() - running.keys())]
     lines += [f"{name} only in this run" for name in sorted(running.keys() - saved.keys())]
     lines += [
-        f"{name}: checkpoint {tuple(saved[name].shape)}, this run {tuple(running[name].shape)}"
+        f"{name}: checkpoint {tuple(saved[name].shape)}, this run {tuple(running[name])}"
         for name in sorted(saved.keys() & running.keys())
-        if saved[name].shape != running[name].shape
+        if saved[name].shape != running[name]
     ]
     return lines if len(lines) <= 4 else [*lines[:4], f"and {len(lines) - 4} more tensors"]
 

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .absorbing import masked_cross_entropy, without_mask
+from braid.parallel.vocabulary import Vocabulary
+
+from .absorbing import masked_cross_entropy
 from .uniform import decoding_nats, marginal_divergences
 
 TIME_MIN = 1e-5
@@ -76,21 +78,28 @@ class Hybrid:
         return torch.where(tokens_BL == mask_id, 2.0, visible)
 
     def divergence(
-        self, logits_BLV: Tensor, tokens_BL: Tensor, targets_BL: Tensor, times_B: Tensor, mask_id: int
+        self,
+        logits_BLV: Tensor,
+        tokens_BL: Tensor,
+        targets_BL: Tensor,
+        times_B: Tensor,
+        mask_id: int,
+        vocabulary: Vocabulary | None = None,
     ) -> Tensor:
         """KL plus Itakura-Saito divergence of the marginals q_t(. | x_0) and q_t(. | softmax(logits)) at x_t, nats,
         float64 [B, L]. The vocabulary-wide part has the precision of the logits.
 
         Without uniform noise it is (1 - t) times the cross-entropy of a masked token; a visible one's is infinite but
-        has weight 0 and is left out.
+        has weight 0 and is left out. `vocabulary` is given where the logits may be divided among processes.
         """
         survival_B = self.survival(times_B)
         if self.p_uniform == 0:
-            nats_BL = masked_cross_entropy(logits_BLV, targets_BL, tokens_BL == mask_id, mask_id)
+            nats_BL = masked_cross_entropy(logits_BLV, targets_BL, tokens_BL == mask_id, mask_id, vocabulary)
             return survival_B[:, None] * nats_BL
-        probabilities_BLV = without_mask(logits_BLV, mask_id).softmax(-1)
+        vocabulary = vocabulary or Vocabulary(logits_BLV.shape[-1])
+        probabilities_BLV = vocabulary.softmax(vocabulary.without(logits_BLV, mask_id))
         kl_BL, ratio_BL = marginal_divergences(
-            probabilities_BLV, tokens_BL, targets_BL, survival_B, self.noise(times_B)
+            probabilities_BLV, tokens_BL, targets_BL, survival_B, self.noise(times_B), vocabulary
         )
         return kl_BL + ratio_BL
 

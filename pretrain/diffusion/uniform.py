@@ -16,6 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from braid.parallel.vocabulary import Vocabulary
+
 FLOAT64_CHUNK = 1 << 25
 """Logits looked at in float64 at a time: a quarter of a GB for each of the few tensors made of them."""
 
@@ -38,7 +40,12 @@ def replace_tokens(
 
 
 def marginal_divergences(
-    probabilities_BLV: Tensor, tokens_BL: Tensor, targets_BL: Tensor, survival_B: Tensor, noise_B: Tensor
+    probabilities_BLV: Tensor,
+    tokens_BL: Tensor,
+    targets_BL: Tensor,
+    survival_B: Tensor,
+    noise_B: Tensor,
+    vocabulary: Vocabulary | None = None,
 ) -> tuple[Tensor, Tensor]:
     """KL(q || p) in nats and the Itakura-Saito divergence q(x_t)/p(x_t) - log - 1, for the marginals of true and
     predicted clean tokens: q_j = survival [j = x_0] + noise, p_j = survival probabilities_j + noise. float64 [B, L].
@@ -50,12 +57,14 @@ def marginal_divergences(
     With kappa = survival / noise everything is a function of log1p(kappa probabilities): the sum of it over the
     vocabulary and its values at x_0 and x_t. So one [B, L, V] tensor is kept beside the probabilities; it has their
     precision, the rest is float64. The probabilities of the mask must be 0, `survival` and `noise` above 0.
+    `vocabulary` is given where the probabilities may be divided among processes.
     """
+    vocabulary = vocabulary or Vocabulary(probabilities_BLV.shape[-1])
     kappa_B = survival_B / noise_B
     scaled_BLV = probabilities_BLV * kappa_B.to(probabilities_BLV.dtype)[:, None, None]
     places_BL2 = torch.stack([tokens_BL, targets_BL], -1)
-    at_token_BL, at_target_BL = scaled_BLV.gather(-1, places_BL2).double().log1p().unbind(-1)
-    total_BL = scaled_BLV.log1p().sum(-1).double()
+    at_token_BL, at_target_BL = vocabulary.take(scaled_BLV, places_BL2).double().log1p().unbind(-1)
+    total_BL = vocabulary.sum(scaled_BLV.log1p().sum(-1)).double()
 
     clean_B1, survival_B1, noise_B1 = kappa_B.log1p()[:, None], survival_B[:, None], noise_B[:, None]
     kl_BL = (survival_B1 + noise_B1) * clean_B1 - survival_B1 * at_target_BL - noise_B1 * total_BL
@@ -64,7 +73,12 @@ def marginal_divergences(
 
 
 def uniform_nats(
-    probabilities_BLV: Tensor, tokens_BL: Tensor, targets_BL: Tensor, survival_B: Tensor, num_tokens: int
+    probabilities_BLV: Tensor,
+    tokens_BL: Tensor,
+    targets_BL: Tensor,
+    survival_B: Tensor,
+    num_tokens: int,
+    vocabulary: Vocabulary | None = None,
 ) -> Tensor:
     """NELBO density of each position in nats per unit of survival lost: times -alpha'_t it is per unit of time. >= 0,
     float64 [B, L].
@@ -73,7 +87,7 @@ def uniform_nats(
     NELBO): R(x_t) / q(x_t) times both marginal divergences, R = 1 / (alpha K) being the rate of jumps to x_t.
     """
     noise_B = (1 - survival_B) / num_tokens
-    kl_BL, ratio_BL = marginal_divergences(probabilities_BLV, tokens_BL, targets_BL, survival_B, noise_B)
+    kl_BL, ratio_BL = marginal_divergences(probabilities_BLV, tokens_BL, targets_BL, survival_B, noise_B, vocabulary)
     q_BL = torch.where(tokens_BL == targets_BL, (survival_B + noise_B)[:, None], noise_B[:, None])
     return (kl_BL + ratio_BL) / (num_tokens * survival_B[:, None] * q_BL)
 

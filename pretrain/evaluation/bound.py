@@ -14,6 +14,7 @@ from braid.data_pipeline.loader import Batch, validation_batches
 from braid.data_pipeline.packing import Rows
 from braid.kernels.random import fold_key
 from braid.parallel.data_parallel import World
+from braid.parallel.mesh import Axis
 from braid.pretrain.objectives.base import Figure, Noise, Objective
 
 ROWS_AT_A_TIME = 1024
@@ -111,7 +112,7 @@ def evaluate_rows(
     draws: int,
     seed: int,
     micro_batch_size: int,
-    world: World,
+    peers: World | Axis,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Estimate]:
     """Every figure of `objective` on `num_sequences` rows spread over the split, `draws` Monte-Carlo draws each.
@@ -125,7 +126,7 @@ def evaluate_rows(
     sums = {figure.name: torch.zeros(len(rows), dtype=torch.float64, device=device) for figure in objective.figures}
     counts = torch.zeros(len(rows), dtype=torch.float64, device=device)
     done = 0
-    for batch in validation_batches(rows, num_sequences, micro_batch_size, world.rank, world.size):
+    for batch in validation_batches(rows, num_sequences, micro_batch_size, peers.rank, peers.size):
         batch = batch.to(device)
         counts[batch.ordinals] = batch.loss_mask.sum(1).double()
         for draw in range(draws):
@@ -135,11 +136,11 @@ def evaluate_rows(
         done += len(batch.tokens)
         progress(done)
     objective.train(training)
-    counts = world.all_reduce_sum(counts).cpu().numpy()
+    counts = peers.all_reduce_sum(counts).cpu().numpy()
     scored = counts.nonzero()[0]
     num_bytes = np.array([rows.num_bytes(i) for i in scored.tolist()])
     return [
-        estimate(world.all_reduce_sum(sums[figure.name]).cpu().numpy()[scored], counts[scored], num_bytes, figure)
+        estimate(peers.all_reduce_sum(sums[figure.name]).cpu().numpy()[scored], counts[scored], num_bytes, figure)
         for figure in objective.figures
     ]
 

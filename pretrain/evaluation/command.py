@@ -271,7 +271,7 @@ def _score(
             estimates = evaluate_rows(
                 model.objective, rows, num_sequences=num_sequences,
                 draws=1 if model.objective.causal else args.draws, seed=args.seed,
-                micro_batch_size=args.batch_size, world=World.single(device),
+                micro_batch_size=args.batch_size, peers=World.single(device),
                 progress=lambda done: show(done, num_sequences),
             )  # fmt: skip
         result["figures"] = [estimate.as_dict() for estimate in estimates]

@@ -11,6 +11,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from braid.parallel.layers import ALONE, Columns, Region, Rows
 from braid.pretrain.config.schema import ModelConfig
 from braid.pretrain.model.blocks import Block, DropoutKey, KeyValueCache, run_blocks
 from braid.pretrain.model.conditioning import ModulatedLinear, TimeEmbedding
@@ -22,7 +23,7 @@ class Prediction(NamedTuple):
     """What the network says about the clean sequence."""
 
     logits: Tensor
-    """Raw logits [B, L, V], float32; the mask token's column included."""
+    """Raw logits [B, L, V], float32; the mask token's column included. Of a divided network this process's columns."""
 
 
 class Backbone(Network):
@@ -33,11 +34,22 @@ class Backbone(Network):
     """
 
     parts: ClassVar[dict[str, str]] = {"blocks": "blocks", "token_embedding": "embedding", "token_head": "heads"}
+    divided: ClassVar = {"token_embedding": Rows(), "token_head.linear": Columns()}
+    inside: ClassVar = ("blocks", "token_head")
 
-    def __init__(self, model: ModelConfig, *, vocab_size: int, causal: bool, time_conditioned: bool, seed: int) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        *,
+        vocab_size: int,
+        causal: bool,
+        time_conditioned: bool,
+        seed: int,
+        region: Region = ALONE,
+    ) -> None:
         super().__init__()
         assert model.width % (2 * model.num_heads) == 0, "RoPE rotates pairs within a head"
-        self.config, self.vocab_size = model, vocab_size
+        self.config, self.vocab_size, self.region = model, vocab_size, region
         self.causal, self.time_conditioned = causal, time_conditioned
         device = torch.get_default_device()
         with torch.device("meta"):  # no values yet: torch's own initialisation draws from the global generator
@@ -65,18 +77,20 @@ class Backbone(Network):
         keys and values it holds; theirs are added to it.
         """
         c_BC = self.condition(tokens, times)
-        return Prediction(self.token_head(self.trunk(tokens, c_BC, dropout, cache), c_BC).float())
+        return Prediction(self.vocabulary.logits(self.token_head(self.trunk(tokens, c_BC, dropout, cache), c_BC)))
 
     def condition(self, tokens_BL: Tensor, times_B: Tensor | None) -> Tensor:
         """The conditioning vector [B, C] of every sequence."""
         if not self.time_conditioned:
             times_B = torch.zeros(len(tokens_BL), device=tokens_BL.device)
         assert times_B is not None, "a time-conditioned model needs the times"
-        return self.time_embedding(times_B)
+        return self.region.condition(self.time_embedding(times_B))
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[B, L] or soft [B, L, V] to [B, L, W]."""
-        return tokens @ self.token_embedding.weight if tokens.is_floating_point() else self.token_embedding(tokens)
+        if tokens.is_floating_point():
+            return self.region.collect(self.vocabulary.columns(tokens) @ self.token_embedding.weight)
+        return self.token_embedding(tokens)
 
     def trunk(
         self,
@@ -87,7 +101,7 @@ class Backbone(Network):
     ) -> Tensor:
         """The hidden states [B, L, W] after the last block, before the head."""
         assert cache is None or self.causal, "only a causal model can leave earlier positions as they were"
-        return run_blocks(self.blocks, self.config, self.embed(tokens_BL), c_BC, dropout, cache)
+        return run_blocks(self.blocks, self.config, self.embed(tokens_BL), c_BC, dropout, cache, self.region)
 
     def probe(self, tokens_BL: Tensor) -> Tensor:
         times_B = torch.full((len(tokens_BL),), 0.5, device=tokens_BL.device)

@@ -7,9 +7,9 @@ the attention, half-split RoPE, tanh-GELU MLP with biases, adaLN-Zero. Shape suf
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from braid.kernels.random import dropout_keep, fold_key
+from braid.parallel.layers import ALONE, Columns, Region, Rows
 from braid.pretrain.config.schema import ModelConfig
 from braid.pretrain.model.conditioning import LayerNorm, Modulation, modulate
 
@@ -70,15 +71,17 @@ def rotate(x_BHLK: Tensor, cos_LK: Tensor, sin_LK: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention over all positions, or over the earlier ones where `causal`; no biases."""
 
+    divided: ClassVar = {"qkv": Columns(parts=3), "out": Rows()}
+
     def __init__(self, width: int, num_heads: int, causal: bool, layer: int = 0) -> None:
         super().__init__()
-        self.num_heads, self.causal, self.layer = num_heads, causal, layer
+        self.head_dim, self.causal, self.layer = width // num_heads, causal, layer
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, x_BLW: Tensor, rope: tuple[Tensor, Tensor], cache: KeyValueCache | None = None) -> Tensor:
         # The rows of qkv are (q, k, v) x head x head dimension, the order of the published checkpoints.
-        q_BHLK, k_BHLK, v_BHLK = self.qkv(x_BLW).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q_BHLK, k_BHLK, v_BHLK = self.qkv(x_BLW).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
         q_BHLK, k_BHLK = rotate(q_BHLK, *rope), rotate(k_BHLK, *rope)
         seen = 0
         if cache is not None:
@@ -92,6 +95,8 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
     """Linear, tanh-GELU, Linear, with biases."""
+
+    divided: ClassVar = {"input": Columns(), "output": Rows()}
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -148,9 +153,10 @@ def run_blocks(
     c_BC: Tensor,
     dropout: DropoutKey | None,
     cache: KeyValueCache | None = None,
+    region: Region = ALONE,
 ) -> Tensor:
     """The state after a stack of `Block`s, run as `block_runner` says."""
-    run = block_runner(blocks, model, x_BLW, c_BC, dropout, cache)
+    run = block_runner(blocks, model, x_BLW, c_BC, dropout, cache, region)
     for block in blocks:
         x_BLW = run(block, x_BLW)
     return x_BLW
@@ -163,14 +169,17 @@ def block_runner(
     c_BC: Tensor,
     dropout: DropoutKey | None,
     cache: KeyValueCache | None = None,
+    region: Region = ALONE,
 ) -> Callable[[nn.Module, Tensor], Any]:
     """What runs one of `blocks` on the state before it, and returns all that the block does: with RoPE from position 0
     (after those in `cache`), dropout in training, and activation checkpointing, as `model` says. `x_BLW` is the state
-    before the first block, [B, L, W] or with strands [B, L, S, W]."""
-    start = cache.length if cache is not None else 0
-    rope = rope_tables(x_BLW.shape[1], model.width // model.num_heads, model.rope_base, x_BLW.device, start=start)
+    before the first block, [B, L, W] or with strands [B, L, S, W]; where `region` divides it, RoPE is for all L
+    positions, which attention sees, and dropout for those that are here."""
+    start, length = cache.length if cache is not None else 0, region.length(x_BLW)
+    rope = rope_tables(length, model.width // model.num_heads, model.rope_base, x_BLW.device, start=start)
     if blocks.training and model.dropout > 0:
         assert dropout is not None, "dropout in training needs its key"
+        dropout = replace(dropout, positions=region.positions(dropout.positions))
     else:
         dropout = None
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from braid.kernels import random
+from braid.parallel.layers import ALONE, Columns, Region, Rows, set_whole, whole_shape
 from braid.pretrain.config.schema import ModelConfig
 from braid.pretrain.model.blocks import rope_tables
 from braid.pretrain.model.conditioning import SINUSOID_DIM, sinusoid
@@ -40,16 +41,27 @@ class ELFPrediction(NamedTuple):
     latents: Tensor | None
     """Estimate of the clean latents [B, L, D], float32."""
     logits: Tensor | None
-    """Raw logits [B, L, V], float32."""
+    """Raw logits [B, L, V], float32; of a divided network this process's columns."""
 
 
 class ELFNetwork(Network):
     """Noisy latents [B, L, D] to an `ELFPrediction`. 104.59M, 342.55M and 652.12M parameters at the published sizes."""
 
     parts: ClassVar[dict[str, str]] = {"blocks": "blocks", "denoise_head": "heads", "decode_head": "heads"}
+    inside: ClassVar = ("blocks",)
 
-    def __init__(self, model: ModelConfig, *, vocab_size: int, latent_dim: int, bottleneck: int, seed: int) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        *,
+        vocab_size: int,
+        latent_dim: int,
+        bottleneck: int,
+        seed: int,
+        region: Region = ALONE,
+    ) -> None:
         super().__init__()
+        self.region = region
         assert model.width % (2 * model.num_heads) == 0, "RoPE rotates pairs within a head"
         self.config, self.vocab_size, self.latent_dim, self.bottleneck_dim = model, vocab_size, latent_dim, bottleneck
         width, device = model.width, torch.get_default_device()
@@ -87,7 +99,7 @@ class ELFNetwork(Network):
         x_BLW = self.trunk(z_BLD, estimate_BLD, tau_B, guidance_B, decode_B, valid_BL)
         return ELFPrediction(
             self.denoise_head(x_BLW) if "denoise" in heads else None,
-            self.decode_head(x_BLW).float() if "decode" in heads else None,
+            self.vocabulary.logits(self.decode_head(x_BLW)) if "decode" in heads else None,
         )
 
     def trunk(
@@ -105,7 +117,7 @@ class ELFNetwork(Network):
                 ],
                 dim=1,
             )
-            x_BNW = torch.cat([prefix_B12W, x_BLW], dim=1)
+            x_BNW = self.region.enter(torch.cat([prefix_B12W, x_BLW], dim=1))
         model, length, device = self.config, z_BLD.shape[1], z_BLD.device
         rope = prefixed_rope_tables(length, model.width // model.num_heads, model.rope_base, device)
         keys_B11N = F.pad(valid_BL, (NUM_PREFIX, 0), value=True)[:, None, None]
@@ -116,7 +128,7 @@ class ELFNetwork(Network):
                 x_BNW = checkpoint(block, x_BNW, rope, keys_B11N, **flags)
             else:
                 x_BNW = block(x_BNW, rope, keys_B11N)
-        return x_BNW[:, NUM_PREFIX:]
+        return self.region.leave(x_BNW)[:, NUM_PREFIX:]
 
     def probe(self, tokens_BL: Tensor) -> Tensor:
         """There is no token table: each token gets a fixed random latent vector."""
@@ -154,9 +166,10 @@ class ELFNetwork(Network):
         if device.type == "meta":
             return
         for name, parameter in self.named_parameters():
-            if self.initial_rule(name, parameter.shape) == 0.0 and not name.startswith("denoise_head."):
-                bound = math.sqrt(6 / sum(parameter.shape))
-                parameter.copy_((2 * random.initial_uniform(seed, name, parameter.shape) - 1) * bound)
+            shape = whole_shape(parameter)
+            if self.initial_rule(name, shape) == 0.0 and not name.startswith("denoise_head."):
+                bound = math.sqrt(6 / sum(shape))
+                set_whole(parameter, (2 * random.initial_uniform(seed, name, shape) - 1) * bound)
 
 
 class ELFBlock(nn.Module):
@@ -177,15 +190,18 @@ class ELFBlock(nn.Module):
 class NormedAttention(nn.Module):
     """Self-attention with biases whose queries and keys are RMS-normalised per head, before they are rotated."""
 
+    divided: ClassVar = {"qkv": Columns(parts=3), "out": Rows()}
+    per_head: ClassVar = ("query_norm", "key_norm")
+
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.head_dim = width // num_heads
         self.qkv = nn.Linear(width, 3 * width)
-        self.query_norm, self.key_norm = RMSNorm(width // num_heads), RMSNorm(width // num_heads)
+        self.query_norm, self.key_norm = RMSNorm(self.head_dim), RMSNorm(self.head_dim)
         self.out = nn.Linear(width, width)
 
     def forward(self, x_BNW: Tensor, rope: tuple[Tensor, Tensor], keys_B11N: Tensor) -> Tensor:
-        q_BHNK, k_BHNK, v_BHNK = self.qkv(x_BNW).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q_BHNK, k_BHNK, v_BHNK = self.qkv(x_BNW).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
         q_BHNK = rotate_pairs(self.query_norm(q_BHNK), *rope).to(v_BHNK.dtype)
         k_BHNK = rotate_pairs(self.key_norm(k_BHNK), *rope).to(v_BHNK.dtype)
         # Scores and softmax are float32 inside, whatever the dtype of the operands.
@@ -195,6 +211,8 @@ class NormedAttention(nn.Module):
 
 class SwiGLU(nn.Module):
     """output(SiLU(gate(x)) * value(x)), gate and value in one matrix, with biases."""
+
+    divided: ClassVar = {"gate_value": Columns(parts=2), "output": Rows()}
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -247,6 +265,8 @@ class DenoiseHead(nn.Module):
 class DecodeHead(nn.Module):
     """Two layers from the trunk's output, not normalised, to logits. The paper writes one matrix on the predicted
     latents; the released code and its parameter counts have this head, so the trunk is all the two branches share."""
+
+    divided: ClassVar = {"unembedding": Columns(outside=True)}
 
     def __init__(self, width: int, latent_dim: int, vocab_size: int) -> None:
         super().__init__()

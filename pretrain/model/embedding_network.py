@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from braid.parallel.layers import ALONE, Columns, Region
 from braid.pretrain.config.schema import ModelConfig
 from braid.pretrain.model.blocks import Block, DropoutKey, run_blocks
 from braid.pretrain.model.conditioning import ModulatedLinear, TimeEmbedding
@@ -41,11 +42,15 @@ class EmbeddingNetwork(Network):
     """
 
     parts: ClassVar[dict[str, str]] = {"blocks": "blocks", "embedding": "embedding", "token_head": "heads"}
+    divided: ClassVar = {"token_head.linear": Columns()}
+    inside: ClassVar = ("blocks", "token_head", "input", "estimate_input")
 
-    def __init__(self, model: ModelConfig, *, vocab_size: int, num_dims: int, seed: int) -> None:
+    def __init__(
+        self, model: ModelConfig, *, vocab_size: int, num_dims: int, seed: int, region: Region = ALONE
+    ) -> None:
         super().__init__()
         assert model.width % (2 * model.num_heads) == 0, "RoPE rotates pairs within a head"
-        self.config, self.vocab_size, self.num_dims = model, vocab_size, num_dims
+        self.config, self.vocab_size, self.num_dims, self.region = model, vocab_size, num_dims, region
         device = torch.get_default_device()
         with torch.device("meta"):
             self.embedding = UnitEmbedding(vocab_size, num_dims)
@@ -71,20 +76,21 @@ class EmbeddingNetwork(Network):
     def forward(
         self, inputs_BLD: Tensor, estimates_BLD: Tensor, level_B: Tensor, dropout: DropoutKey | None = None
     ) -> Tensor:
-        """Logits, float32, under the caller's autocast.
+        """Logits, float32, of a divided network this process's columns; under the caller's autocast.
 
         `inputs` are noisy embeddings scaled to unit variance per coordinate; `estimates` are embeddings of length up to
         1, and zero where there is no estimate; `level` is what the time embedding reads (gamma, or the time).
         """
-        c_BC = self.time_embedding(level_B)
-        return self.token_head(self.trunk(inputs_BLD, estimates_BLD, c_BC, dropout), c_BC).float()
+        c_BC = self.region.condition(self.time_embedding(level_B))
+        return self.vocabulary.logits(self.token_head(self.trunk(inputs_BLD, estimates_BLD, c_BC, dropout), c_BC))
 
     def trunk(
         self, inputs_BLD: Tensor, estimates_BLD: Tensor, c_BC: Tensor, dropout: DropoutKey | None = None
     ) -> Tensor:
         """The hidden states [B, L, W] after the last block, before the head."""
+        inputs_BLD, estimates_BLD = self.region.enter(inputs_BLD), self.region.enter(estimates_BLD)
         x_BLW = self.input(inputs_BLD) + self.estimate_input(self.num_dims**0.5 * estimates_BLD)
-        return run_blocks(self.blocks, self.config, x_BLW.float(), c_BC, dropout)
+        return run_blocks(self.blocks, self.config, x_BLW.float(), c_BC, dropout, region=self.region)
 
     def probe(self, tokens_BL: Tensor) -> Tensor:
         inputs_BLD = self.num_dims**0.5 * self.embedding()[tokens_BL]

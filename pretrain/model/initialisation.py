@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from braid.kernels.random import initial_normal
+from braid.parallel.layers import set_whole, whole_shape
 
 ZERO_MODULES = ("adaln", "token_head.linear", "latent_head.linear", "latent_input.linear")
 
@@ -34,15 +35,17 @@ def initialise(
     model: nn.Module, seed: int, rule: Callable[[str, torch.Size], float | None] = lambda name, shape: None
 ) -> None:
     """Set every parameter of `model` in place, by its fully qualified name. `rule` may give a standard deviation of its
-    own (0 for zeros) for a parameter; where it gives None, the rules above hold."""
+    own (0 for zeros) for a parameter; where it gives None, the rules above hold. Of a parameter that is divided among
+    processes the values are part of those of the whole, whose shape the rules see."""
     for name, parameter in model.named_parameters():
-        std = rule(name, parameter.shape)
+        shape = whole_shape(parameter)
+        std = rule(name, shape)
         if std is None and not starts_at_zero(name) and parameter.dim() == 1:
             parameter.fill_(1.0)
             continue
         if std is None:
-            std = 0.0 if starts_at_zero(name) else 1 / math.sqrt(3 * parameter.shape[-1])
+            std = 0.0 if starts_at_zero(name) else 1 / math.sqrt(3 * shape[-1])
         if std == 0:
             parameter.zero_()
         else:
-            parameter.copy_(initial_normal(seed, name, parameter.shape) * std)
+            set_whole(parameter, initial_normal(seed, name, shape) * std)

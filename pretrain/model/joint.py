@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from braid.kernels.random import fold_key
+from braid.parallel.layers import ALONE, Columns, Region, Rows
 from braid.pretrain.config.schema import ModelConfig
 from braid.pretrain.model.blocks import Block, DropoutKey, run_blocks
 from braid.pretrain.model.conditioning import ModulatedLinear, TimeEmbedding
@@ -36,7 +37,7 @@ class JointPrediction(NamedTuple):
     """What a network of two strands says about the clean sequence."""
 
     logits: Tensor
-    """Raw logits [B, L, V], float32; the mask token's column included."""
+    """Raw logits [B, L, V], float32; the mask token's column included. Of a divided network this process's columns."""
     latents: Tensor
     """Predicted clean latents [B, L, D], float32."""
     routing: Routing | None = None
@@ -68,13 +69,22 @@ class JointNetwork(Network):
         "token_head": "heads",
         "latent_head": "heads",
     }
+    divided: ClassVar = {"token_embedding": Rows(), "token_head.linear": Columns()}
+    inside: ClassVar = ("blocks", "token_head", "latent_input", "latent_head")
 
     def __init__(
-        self, model: ModelConfig, *, vocab_size: int, latent_dim: int, separate_times: bool = False, seed: int
+        self,
+        model: ModelConfig,
+        *,
+        vocab_size: int,
+        latent_dim: int,
+        separate_times: bool = False,
+        seed: int,
+        region: Region = ALONE,
     ) -> None:
         super().__init__()
         assert model.width % (2 * model.num_heads) == 0, "RoPE rotates pairs within a head"
-        self.config, self.vocab_size, self.latent_dim = model, vocab_size, latent_dim
+        self.config, self.vocab_size, self.latent_dim, self.region = model, vocab_size, latent_dim, region
         device = torch.get_default_device()
         with torch.device("meta"):  # no values yet: torch's own initialisation draws from the global generator
             self.token_embedding = nn.Embedding(vocab_size, model.width)
@@ -93,7 +103,7 @@ class JointNetwork(Network):
         raise NotImplementedError
 
     def trunk(self, x_BLSW: Tensor, c_BSC: Tensor, dropout: DropoutKey | None) -> tuple[Tensor, Routing | None]:
-        """Both strands [B, L, S, W] after the last block."""
+        """Both strands [B, L, S, W] after the last block, and the routing of all positions."""
         raise NotImplementedError
 
     def block_costs(self) -> BlockCosts:
@@ -115,19 +125,22 @@ class JointNetwork(Network):
         c_BSC = self.condition(times, latent_times)
         x_BLSW, routing = self.trunk(self.embed(tokens, latents, c_BSC), c_BSC, dropout)
         x_BLW, z_BLW = x_BLSW.unbind(2)
-        logits_BLV = self.token_head(x_BLW, c_BSC[:, 0]).float()
-        return JointPrediction(logits_BLV, self.latent_head(z_BLW, c_BSC[:, 1]).float(), routing)
+        logits_BLV = self.vocabulary.logits(self.token_head(x_BLW, c_BSC[:, 0]))
+        latents_BLD = self.region.leave(self.latent_head(z_BLW, c_BSC[:, 1]))
+        return JointPrediction(logits_BLV, latents_BLD.float(), routing)
 
     def condition(self, times_B: Tensor, latent_times_B: Tensor | None) -> Tensor:
         """The conditioning vector of each strand, [B, S, C]."""
         separate = self.latent_time_embedding is not None
         assert (latent_times_B is not None) == separate, "the latents' own times go with a network of separate times"
         c_BC = self.time_embedding(times_B)
-        return torch.stack([c_BC, self.latent_time_embedding(latent_times_B) if separate else c_BC], 1)
+        c_BSC = torch.stack([c_BC, self.latent_time_embedding(latent_times_B) if separate else c_BC], 1)
+        return self.region.condition(c_BSC)
 
     def embed(self, tokens_BL: Tensor, latents_BLD: Tensor, c_BSC: Tensor) -> Tensor:
         """Both strands before the first block, [B, L, S, W]."""
-        return torch.stack([self.token_embedding(tokens_BL), self.latent_input(latents_BLD, c_BSC[:, 1])], 2)
+        z_BLW = self.latent_input(self.region.enter(latents_BLD), c_BSC[:, 1])
+        return torch.stack([self.token_embedding(tokens_BL), z_BLW], 2)
 
     def probe(self, tokens_BL: Tensor) -> Tensor:
         times_B = torch.full((len(tokens_BL),), 0.5, device=tokens_BL.device)
@@ -157,7 +170,7 @@ class MDiT(JointNetwork):
         return (Block(self.config, layer, causal=False) for layer in range(self.config.num_layers))
 
     def trunk(self, x_BLSW: Tensor, c_BSC: Tensor, dropout: DropoutKey | None) -> tuple[Tensor, Routing | None]:
-        x_BLW = run_blocks(self.blocks, self.config, x_BLSW.sum(2), c_BSC[:, 0], dropout)
+        x_BLW = run_blocks(self.blocks, self.config, x_BLSW.sum(2), c_BSC[:, 0], dropout, region=self.region)
         return x_BLW[:, :, None].expand(-1, -1, 2, -1), None
 
     def block_costs(self) -> BlockCosts:

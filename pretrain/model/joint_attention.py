@@ -8,6 +8,7 @@ Shape suffixes: B sequences, L positions, S slots, W width, C conditioning width
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from braid.parallel.layers import ALONE, Columns, Region, Rows
 from braid.pretrain.config.schema import ModelConfig
 from braid.pretrain.model.blocks import Block, DropoutKey, rope_tables, rotate
 from braid.pretrain.model.conditioning import ModulatedLinear, TimeEmbedding, modulate, sinusoid
@@ -26,7 +28,7 @@ class SlotPrediction(NamedTuple):
     """What the network says about the clean text and its latent slots."""
 
     logits: Tensor
-    """Raw logits [B, L, V], float32; the mask token's column included."""
+    """Raw logits [B, L, V], float32; the mask token's column included. Of a divided network this process's columns."""
     latents: Tensor
     """About every slot [B, S, O], float32: the clean latent, or logits of its code (the mask's column included)."""
 
@@ -58,20 +60,23 @@ class JointBlock(nn.Module):
             block.attention.qkv(modulate(block.attention_norm(h), shift, scale))
             for block, h, (shift, scale, *_) in zip(blocks, states, modulations, strict=True)
         ]
-        num_heads = self.tokens.attention.num_heads
-        q_BHNK, k_BHNK, v_BHNK = torch.cat(qkv, dim=1).unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+        head_dim = self.tokens.attention.head_dim
+        q_BHNK, k_BHNK, v_BHNK = torch.cat(qkv, dim=1).unflatten(-1, (3, -1, head_dim)).permute(2, 0, 3, 1, 4)
         mixed_BHNK = F.scaled_dot_product_attention(rotate(q_BHNK, *rope), rotate(k_BHNK, *rope), v_BHNK)
-        updates = mixed_BHNK.transpose(1, 2).flatten(2).split([h.shape[1] for h in states], dim=1)
+        updates = mixed_BHNK.transpose(1, 2).flatten(2).split([h.shape[1] for h in qkv], dim=1)
         x_BLW, y_BSW = (
             _advance(*stream) for stream in zip(blocks, states, updates, modulations, keep or (None, None), strict=True)
         )
         return x_BLW, y_BSW
 
-    def dropout_masks(self, dropout: DropoutKey, width: int, num_slots: int) -> tuple[Masks, Masks]:
-        """The masks of both streams: slots are the positions after the tokens."""
+    def dropout_masks(
+        self, dropout: DropoutKey, width: int, num_slots: int, region: Region = ALONE
+    ) -> tuple[Masks, Masks]:
+        """The masks of both streams: slots are the positions after the tokens. Where `region` divides the streams,
+        those of the positions that are here."""
         after = dropout.positions[-1] + 1 + torch.arange(num_slots, device=dropout.positions.device)
-        slots = DropoutKey(dropout.key, dropout.ordinals, after)
-        return self.tokens.dropout_masks(dropout, width), self.latents.dropout_masks(slots, width)
+        tokens, slots = (replace(dropout, positions=region.positions(at)) for at in (dropout.positions, after))
+        return self.tokens.dropout_masks(tokens, width), self.latents.dropout_masks(slots, width)
 
 
 def _advance(block: Block, h: Tensor, update: Tensor, modulation: tuple[Tensor, ...], keep: Masks | None) -> Tensor:
@@ -109,6 +114,8 @@ class JointDenoiser(Network):
         "token_head": "heads",
         "latent_head": "heads",
     }
+    divided: ClassVar = {"token_embedding": Rows(), "token_head.linear": Columns()}
+    inside: ClassVar = ("blocks", "token_head", "latent_input", "latent_head")
 
     def __init__(
         self,
@@ -122,8 +129,10 @@ class JointDenoiser(Network):
         times: str,
         masked_latents: bool,
         seed: int,
+        region: Region = ALONE,
     ) -> None:
         super().__init__()
+        self.region = region
         assert model.width % (2 * model.num_heads) == 0, "RoPE rotates pairs within a head"
         assert latent_positions in ("rope", "learned") and times in ("none", "latents", "both")
         self.config, self.vocab_size, self.num_slots, self.latent_dim = model, vocab_size, num_slots, latent_dim
@@ -160,7 +169,8 @@ class JointDenoiser(Network):
         """Tokens int64 [B, L], latents [B, S, D], times in [0, 1] [B] of each; runs under the caller's autocast."""
         c_BC = self.condition(token_times, latent_times)
         x_BLW, y_BSW = self.trunk(tokens, latents, c_BC, dropout)
-        return SlotPrediction(self.token_head(x_BLW, c_BC).float(), self.latent_head(y_BSW, c_BC).float())
+        latents_BSO = self.region.leave(self.latent_head(y_BSW, c_BC))
+        return SlotPrediction(self.vocabulary.logits(self.token_head(x_BLW, c_BC)), latents_BSO.float())
 
     def condition(self, token_times_B: Tensor, latent_times_B: Tensor) -> Tensor:
         """c = SiLU(E(t_x) + E'(t_y)) [B, C], in float32 even under autocast, as `TimeEmbedding` is."""
@@ -172,7 +182,7 @@ class JointDenoiser(Network):
                     (self.token_time, self.latent_time), (token_times_B, latent_times_B), told, strict=True
                 )
             )
-            return F.silu(token + latent)
+            return self.region.condition(F.silu(token + latent))
 
     def trunk(
         self, tokens_BL: Tensor, latents_BSD: Tensor, c_BC: Tensor, dropout: DropoutKey | None = None
@@ -180,9 +190,9 @@ class JointDenoiser(Network):
         """Hidden states of both streams after the last block."""
         assert latents_BSD.shape[1:] == (self.num_slots, self.latent_dim), "the latents do not fit the network"
         config = self.config
-        x_BLW, y_BSW = self.token_embedding(tokens_BL), self.latent_input(latents_BSD)
+        x_BLW, y_BSW = self.token_embedding(tokens_BL), self.latent_input(self.region.enter(latents_BSD))
         if self.latent_positions == "learned":
-            y_BSW = y_BSW + self.slot_embedding
+            y_BSW = y_BSW + self.region.enter(self.slot_embedding[None])
         rope = self.rope(tokens_BL.shape[1], tokens_BL.device)
         if self.training and config.dropout > 0:
             assert dropout is not None, "dropout in training needs its key"
@@ -192,10 +202,24 @@ class JointDenoiser(Network):
         for block in self.blocks:
             if recompute:
                 flags = {"use_reentrant": False, "preserve_rng_state": False}
-                x_BLW, y_BSW = checkpoint(_run, block, x_BLW, y_BSW, c_BC, rope, dropout, **flags)
+                x_BLW, y_BSW = checkpoint(self._run, block, x_BLW, y_BSW, c_BC, rope, dropout, **flags)
             else:
-                x_BLW, y_BSW = _run(block, x_BLW, y_BSW, c_BC, rope, dropout)
+                x_BLW, y_BSW = self._run(block, x_BLW, y_BSW, c_BC, rope, dropout)
         return x_BLW, y_BSW
+
+    def _run(
+        self,
+        block: JointBlock,
+        x_BLW: Tensor,
+        y_BSW: Tensor,
+        c_BC: Tensor,
+        rope: tuple[Tensor, Tensor],
+        dropout: DropoutKey | None,
+    ) -> tuple[Tensor, Tensor]:
+        """One block with its dropout; what activation checkpointing runs again, masks included."""
+        width, region = self.config.width, self.region
+        keep = block.dropout_masks(dropout, width, self.num_slots, region) if dropout else None
+        return block(x_BLW, y_BSW, c_BC, rope, keep)
 
     def rope(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Rotary tables of tokens and slots, [L + S, K/2] each."""
@@ -226,16 +250,3 @@ class JointDenoiser(Network):
             conditioning=per_sequence / sequence_length,
             head=6 * self.vocab_size * width,
         )
-
-
-def _run(
-    block: JointBlock,
-    x_BLW: Tensor,
-    y_BSW: Tensor,
-    c_BC: Tensor,
-    rope: tuple[Tensor, Tensor],
-    dropout: DropoutKey | None,
-) -> tuple[Tensor, Tensor]:
-    """One block with its dropout; what activation checkpointing runs again, masks included."""
-    keep = block.dropout_masks(dropout, x_BLW.shape[-1], y_BSW.shape[1]) if dropout else None
-    return block(x_BLW, y_BSW, c_BC, rope, keep)

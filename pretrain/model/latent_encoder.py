@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from braid.parallel.layers import ALONE, Region, Rows
 from braid.pretrain.config.schema import ModelConfig
 from braid.pretrain.model.blocks import Block, DropoutKey, run_blocks
 from braid.pretrain.model.conditioning import LayerNorm, TimeEmbedding
@@ -22,13 +23,23 @@ class LatentEncoder(Network):
     """
 
     parts: ClassVar[dict[str, str]] = {"blocks": "blocks", "token_embedding": "embedding", "output": "heads"}
+    divided: ClassVar = {"token_embedding": Rows()}
+    inside: ClassVar = ("blocks",)
 
     def __init__(
-        self, model: ModelConfig, *, vocab_size: int, num_slots: int, latent_dim: int, mask_id: int, seed: int
+        self,
+        model: ModelConfig,
+        *,
+        vocab_size: int,
+        num_slots: int,
+        latent_dim: int,
+        mask_id: int,
+        seed: int,
+        region: Region = ALONE,
     ) -> None:
         super().__init__()
         self.config, self.vocab_size, self.mask_id = model, vocab_size, mask_id
-        self.num_slots, self.latent_dim = num_slots, latent_dim
+        self.num_slots, self.latent_dim, self.region = num_slots, latent_dim, region
         device = torch.get_default_device()
         with torch.device("meta"):
             self.token_embedding = nn.Embedding(vocab_size, model.width)
@@ -47,8 +58,9 @@ class LatentEncoder(Network):
         return self.output(self.norm(x_BLW[:, -self.num_slots :])).float()
 
     def trunk(self, tokens_BL: Tensor, dropout: DropoutKey | None = None) -> Tensor:
-        c_BC = self.time_embedding(torch.zeros(len(tokens_BL), device=tokens_BL.device))
-        return run_blocks(self.blocks, self.config, self.token_embedding(tokens_BL), c_BC, dropout)
+        c_BC = self.region.condition(self.time_embedding(torch.zeros(len(tokens_BL), device=tokens_BL.device)))
+        x_BLW = self.token_embedding(tokens_BL)
+        return self.region.leave(run_blocks(self.blocks, self.config, x_BLW, c_BC, dropout, region=self.region))
 
     def probe(self, tokens_BL: Tensor) -> Tensor:
         return self.trunk(tokens_BL)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from braid.kernels.random import dropout_keep, fold_key
+from braid.parallel.layers import ALONE, Region
 from braid.pretrain.config.objectives.ccdd import ExpertsConfig
 from braid.pretrain.config.schema import ModelConfig
 from braid.pretrain.model.blocks import MLP, Attention, DropoutKey, block_runner
@@ -42,16 +43,17 @@ class MoEDiT(TwoStrandNetwork):
         super().__init__(model, **settings)
 
     def make_blocks(self) -> Iterable[nn.Module]:
-        return (MixtureBlock(self.config, self.experts, layer) for layer in range(self.config.num_layers))
+        return (MixtureBlock(self.config, self.experts, layer, self.region) for layer in range(self.config.num_layers))
 
     def trunk(self, x_BLSW: Tensor, c_BSC: Tensor, dropout: DropoutKey | None) -> tuple[Tensor, Routing | None]:
-        run = block_runner(self.blocks, self.config, x_BLSW, c_BSC, dropout)
+        run = block_runner(self.blocks, self.config, x_BLSW, c_BSC, dropout, region=self.region)
         routings = []
         for block in self.blocks:
             x_BLSW, *routing = run(block, x_BLSW)
             routings.append(routing)
         probabilities, chosen = zip(*routings, strict=True)
-        return x_BLSW, Routing(torch.stack(probabilities, -2), torch.stack(chosen, -2))
+        routing = (self.region.leave(torch.stack(of_blocks, -2)) for of_blocks in (probabilities, chosen))
+        return x_BLSW, Routing(*routing)
 
     def block_costs(self) -> BlockCosts:
         layers, width, experts = self.config.num_layers, self.config.width, self.experts
@@ -66,7 +68,7 @@ class MoEDiT(TwoStrandNetwork):
 class MixtureBlock(nn.Module):
     """x + gate * attention(modulate(norm(x))) over both strands at once, then the same with the experts."""
 
-    def __init__(self, model: ModelConfig, experts: ExpertsConfig, layer: int) -> None:
+    def __init__(self, model: ModelConfig, experts: ExpertsConfig, layer: int, region: Region) -> None:
         super().__init__()
         self.layer, self.dropout = layer, model.dropout
         self.adaln = Modulation(model.cond_dim, model.width, 6)
@@ -74,7 +76,7 @@ class MixtureBlock(nn.Module):
         self.attention_norm = LayerNorm(model.width)
         self.attention = Attention(model.width, model.num_heads, causal=False)
         self.mlp_norm = LayerNorm(model.width)
-        self.experts = Experts(model, experts)
+        self.experts = Experts(model, experts, region)
 
     def forward(
         self,
@@ -92,7 +94,7 @@ class MixtureBlock(nn.Module):
         # The strands lie side by side, x_1 z_1 x_2 z_2 ...: attention does not care, each pair shares its position.
         rope = tuple(table_LK.repeat_interleave(x_BLSW.shape[2], 0) for table_LK in rope)
         joint_BLW = modulate(self.attention_norm(x_BLSW), shift, scale).flatten(1, 2)
-        update_BLSW = self.attention(joint_BLW, rope).view_as(x_BLSW)
+        update_BLSW = self.attention(joint_BLW, rope).unflatten(1, x_BLSW.shape[1:3])
         x_BLSW = x_BLSW + gate * drop(update_BLSW, keep and keep[0], self.dropout)
         update_BLSW, probabilities, chosen = self.experts(modulate(self.mlp_norm(x_BLSW), mlp_shift, mlp_scale))
         return x_BLSW + mlp_gate * drop(update_BLSW, keep and keep[1], self.dropout), probabilities, chosen
@@ -124,10 +126,14 @@ class Experts(nn.Module):
     Where only some experts answer, the rows are laid out by expert in tiles of one size, each tile wholly one expert's,
     so that every shape is known beforehand: nothing is dropped, nothing is asked back from the device. At most
     TILES + E - 1 tiles are begun; rows of a tile that stay empty are computed in vain (an eighth for two experts).
+
+    Where the experts' hidden units are divided among processes, each lays out the rows of all positions and computes
+    its part of their answers; the router sees the positions that are here.
     """
 
-    def __init__(self, model: ModelConfig, experts: ExpertsConfig) -> None:
+    def __init__(self, model: ModelConfig, experts: ExpertsConfig, region: Region = ALONE) -> None:
         super().__init__()
+        self.region = region
         self.num, self.per_token = experts.num, experts.per_token
         self.renormalised = experts.gate == "renormalised" or (experts.gate == "auto" and experts.per_token > 1)
         self.router = nn.Linear(model.width, experts.num, bias=False)
@@ -145,12 +151,17 @@ class Experts(nn.Module):
             weights = torch.zeros_like(gates).scatter(-1, picked, gates)
             answers = (weights[..., e, None] * mlp(x) for e, mlp in enumerate(self.mlps))
             return sum(answers), probabilities, chosen
-        rows_MW = x.flatten(0, -2).repeat_interleave(self.per_token, 0)
-        answers = self.dispatch(rows_MW, picked.flatten()).view(*picked.shape, -1)
+        rows_MW = self.region.spread(x).flatten(0, -2).repeat_interleave(self.per_token, 0)
+        everywhere = self.region.leave(picked)
+        answers = self.dispatch(rows_MW, everywhere.flatten()).view(*everywhere.shape, -1)
+        if self.region.size > 1:
+            biases_EW = torch.stack([mlp.output.bias for mlp in self.mlps])
+            answers = self.region.collect(answers) + biases_EW.to(answers.dtype)[picked]
         return (gates[..., None] * answers).sum(-2), probabilities, chosen
 
     def dispatch(self, rows_MW: Tensor, expert_M: Tensor) -> Tensor:
-        """Each row's answer [M, W] by its expert (int64 [M])."""
+        """Each row's answer [M, W] by its expert (int64 [M]); of divided experts this process's part of it, without the
+        bias, which belongs to the sum."""
         num_rows, width = rows_MW.shape
         size, num_tiles = -(-num_rows // TILES), TILES + self.num - 1
         experts_E = torch.arange(self.num, device=rows_MW.device)
@@ -170,6 +181,8 @@ class Experts(nn.Module):
         """The linear layer `name` of each tile's expert."""
         layers = [getattr(mlp, name) for mlp in self.mlps]
         weight = torch.stack([layer.weight for layer in layers])[tile_expert]
+        if name == "output" and self.region.size > 1:
+            return torch.bmm(tiles, weight.transpose(1, 2))
         bias = torch.stack([layer.bias for layer in layers])[tile_expert]
         return torch.baddbmm(bias[:, None], tiles, weight.transpose(1, 2))
 

@@ -11,6 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from braid.kernels.errors import ConfigError
+from braid.parallel.layers import ALONE, Columns, Region, Rows, mark_parameters, shard_layers, whole_shape
+from braid.parallel.vocabulary import Vocabulary
 from braid.pretrain.model.flops import TrainingFlops
 from braid.pretrain.model.initialisation import initialise
 
@@ -18,14 +21,26 @@ from braid.pretrain.model.initialisation import initialise
 class Network(nn.Module):
     """Base of all networks. A subclass makes its modules on the meta device and calls `materialise` last.
 
-    Shapes: B sequences, L positions, W width, V vocabulary.
+    Shapes: B sequences, L positions, W width, V vocabulary. Where the layers are divided among processes (`region`),
+    the logits a network gives are those of this process's part of the vocabulary (`vocabulary`), in all modes.
     """
 
     causal = False
     """Whether position i may see positions above i."""
     vocab_size: int
+    region: Region = ALONE
+    """The processes that divide the work of this network, set before `materialise`."""
     parts: ClassVar[dict[str, str]] = {}
     """First component of a parameter's name -> `blocks`, `embedding` or `heads`; all else counts as `other`."""
+    divided: ClassVar[dict[str, Columns | Rows]] = {}
+    """Layers of the network's own that can be divided; those of its blocks say it themselves."""
+    inside: ClassVar[tuple[str, ...]] = ()
+    """First components of the names of what works on hidden states that may be divided along the positions."""
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What losses and samplers use the logits by."""
+        return Vocabulary(self.vocab_size, self.region.axis)
 
     def probe(self, tokens_BL: Tensor) -> Tensor:
         """Hidden states [B, L, W] after the last block, everything beside the tokens neutral (times 1/2, latents 0)."""
@@ -42,16 +57,36 @@ class Network(nn.Module):
 
     def materialise(self, device: torch.device, seed: int) -> None:
         """Give parameters made on `meta` their storage on `device` and their initial values, a function of (seed,
-        name). On `meta` nothing happens: a network without values serves for counting."""
+        name). On `meta` nothing happens: a network without values serves for counting.
+
+        Layers that are divided are so from here on, and this process never holds the whole of them. Raises ConfigError
+        where the heads do not divide.
+        """
+        if self.region.size > 1:
+            self._check_heads()
+            shard_layers(self, self.region)
         if device.type != "meta":
             self.to_empty(device=device)
+        if self.region.size > 1:
+            mark_parameters(self, self.region, self.inside)
+        if device.type != "meta":
             initialise(self, seed, self.initial_rule)
+
+    def _check_heads(self) -> None:
+        heads, size = self.config.num_heads, self.region.size
+        if heads % size:
+            raise ConfigError(
+                "the attention heads do not divide among the processes of the tensor axis",
+                found=f"model.num_heads={heads} / {size} processes = {heads / size:.2f}",
+                change="parallel.tensor, or model.num_heads a multiple of it",
+            )
 
 
 def parameter_counts(network: Network) -> dict[str, int]:
     """Parameters by part: `blocks`, `embedding` (token table), `heads` (token and latent), `other` (time embedding,
-    latent input, ...) and `total`. Published sizes of the DiT line ("92.1M") count the blocks alone."""
+    latent input, ...) and `total`, of the whole network where it is divided. Published sizes of the DiT line ("92.1M")
+    count the blocks alone."""
     count = {"blocks": 0, "embedding": 0, "heads": 0, "other": 0}
     for name, parameter in network.named_parameters():
-        count[network.parts.get(name.partition(".")[0], "other")] += parameter.numel()
+        count[network.parts.get(name.partition(".")[0], "other")] += whole_shape(parameter).numel()
     return count | {"total": sum(count.values())}

@@ -9,12 +9,14 @@ Shape suffixes: as in joint.py.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from braid.kernels.random import dropout_keep, fold_key
+from braid.parallel.layers import Columns, Rows
 from braid.pretrain.config.schema import ModelConfig
 from braid.pretrain.model.blocks import MLP, Attention, Block, DropoutKey, run_blocks
 from braid.pretrain.model.conditioning import LayerNorm, Modulation, modulate
@@ -44,7 +46,7 @@ class MMDiT(TwoStrandNetwork):
         return (kinds[layer % 2](self.config, layer) for layer in range(self.config.num_layers))
 
     def trunk(self, x_BLSW: Tensor, c_BSC: Tensor, dropout: DropoutKey | None) -> tuple[Tensor, Routing | None]:
-        return run_blocks(self.blocks, self.config, x_BLSW, c_BSC, dropout), None
+        return run_blocks(self.blocks, self.config, x_BLSW, c_BSC, dropout, region=self.region), None
 
     def block_costs(self) -> BlockCosts:
         groups, width = self.config.num_layers // 2, self.config.width
@@ -103,10 +105,12 @@ class TwoStreamBlock(nn.Module):
 class Stream(nn.Module):
     """One stream's part of a two-stream block. `vectors` are its nine: shift, scale and gate of each of its steps."""
 
+    divided: ClassVar = {"cross_qkv": Columns(parts=3), "cross_out": Rows()}
+
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
         width = model.width
-        self.num_heads, self.dropout = model.num_heads, model.dropout
+        self.dropout = model.dropout
         self.adaln = Modulation(model.cond_dim, width, 9)
         self.attention_norm = LayerNorm(width)
         self.attention = Attention(width, model.num_heads, causal=False)
@@ -126,7 +130,7 @@ class Stream(nn.Module):
         """This stream's queries, keys and values for the exchange, [B, H, L, K] each."""
         shift, scale, _ = vectors[3:6]
         qkv = self.cross_qkv(modulate(self.cross_norm(x_BLW), shift, scale))
-        q_BHLK, k_BHLK, v_BHLK = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q_BHLK, k_BHLK, v_BHLK = qkv.unflatten(-1, (3, -1, self.attention.head_dim)).permute(2, 0, 3, 1, 4)
         return q_BHLK, k_BHLK, v_BHLK
 
     def exchange(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from braid.data_pipeline.loader import Batch
 from braid.data_pipeline.tokenizers import Tokenizer
+from braid.parallel.layers import ALONE, Region
 from braid.pretrain.config.schema import Config
-from braid.pretrain.diffusion.absorbing import without_mask
 from braid.pretrain.model.backbone import Backbone, Prediction
 from braid.pretrain.model.encoders import Encoder
 
@@ -33,9 +32,7 @@ class AR(Objective):
         return TokenCorrupted(tokens=shifted, targets=batch.tokens, loss_mask=batch.loss_mask, dropout=dropout)
 
     def _nats(self, prediction: Prediction, corrupted: TokenCorrupted) -> Tensor:
-        logits = without_mask(prediction.logits, self.mask_id)
-        nats = F.cross_entropy(logits.flatten(0, 1), corrupted.targets.flatten(), reduction="none")
-        return nats.view_as(corrupted.targets)
+        return self.vocabulary.cross_entropy(prediction.logits, corrupted.targets, without=self.mask_id)
 
     def loss(self, prediction: Prediction, corrupted: TokenCorrupted) -> LossTerms:
         return sum_terms({"token_loss": self._nats(prediction, corrupted)}, corrupted.loss_mask, None)
@@ -45,8 +42,14 @@ class AR(Objective):
         return {"nll": sum_positions(self._nats(self.predict(corrupted), corrupted), batch.loss_mask)}
 
 
-def build(config: Config, tokenizer: Tokenizer, encoder: Encoder | None) -> AR:
+def build(config: Config, tokenizer: Tokenizer, encoder: Encoder | None, region: Region = ALONE) -> AR:
     """From a configuration and the corpus's tokenizer."""
-    seed, size = config.run.seed, tokenizer.vocab_size
-    network = Backbone(config.model, vocab_size=size, causal=True, time_conditioned=False, seed=seed)
+    network = Backbone(
+        config.model,
+        vocab_size=tokenizer.vocab_size,
+        causal=True,
+        time_conditioned=False,
+        seed=config.run.seed,
+        region=region,
+    )
     return AR(config.objective, network, **special_ids(tokenizer))

@@ -5,7 +5,8 @@
     loss(prediction, corrupted) -> LossTerms    sums and a count, divided once, by the global count
     evaluate(batch, noise) -> {figure: sum per sequence}    one Monte-Carlo draw of each figure
 
-An objective owns its network as `network`. Shapes: B sequences, L positions, D latent dimensions, V vocabulary.
+An objective owns its network as `network` and uses its logits by `vocabulary`, for they may be divided among processes.
+Shapes: B sequences, L positions, D latent dimensions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ class Objective(nn.Module):
 
     def __init__(self, config: Any, network: Network, *, mask_id: int, bos_id: int, eos_id: int) -> None:
         super().__init__()
-        self.config, self.network = config, network
+        self.config, self.network, self.vocabulary = config, network, network.vocabulary
         self.mask_id, self.bos_id, self.eos_id = mask_id, bos_id, eos_id
 
     def begin_step(self, step: int, total_steps: int) -> None:

@@ -12,6 +12,8 @@ from braid.data_pipeline.corpus import TokenCorpus
 from braid.data_pipeline.tokenizers import Tokenizer
 from braid.kernels.random import fold_key
 from braid.parallel.data_parallel import World
+from braid.parallel.layers import Region
+from braid.parallel.mesh import Axis
 from braid.pretrain.config.schema import Config
 from braid.pretrain.model.encoders import Encoder, TableEncoder, build_encoder
 
@@ -21,13 +23,22 @@ WITHOUT_ENCODER = ("none", "learned")
 """Kinds of `objective.encoder` that are no frozen encoder."""
 
 
-def build_objective(config: Config, tokenizer: Tokenizer, encoder: Encoder | None, device: torch.device) -> Objective:
+def build_objective(
+    config: Config,
+    tokenizer: Tokenizer,
+    encoder: Encoder | None,
+    device: torch.device,
+    tensor: Axis | None = None,
+    sequence: bool = False,
+) -> Objective:
     """The objective of `config.objective` on `device`; its initial weights depend on (seed, parameter name) alone.
 
-    Every system is one module of this package, named as its objective, with a function `build`.
+    Every system is one module of this package, named as its objective, with a function `build`. Where the axis `tensor`
+    has several processes, its networks' layers are divided among them, and with `sequence` their hidden states too
+    (parallel/layers.py). Raises ConfigError where they do not divide.
     """
     module = import_module(f"braid.pretrain.objectives.{config.objective.name}")
-    return module.build(config, tokenizer, encoder).to(device)
+    return module.build(config, tokenizer, encoder, Region(tensor, sequence)).to(device)
 
 
 def needs_encoder(config: Config) -> bool:

@@ -11,12 +11,14 @@ given tokens alone, which is what a sampler has; nothing is learnt or scored the
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from braid.data_pipeline.loader import Batch
 from braid.data_pipeline.tokenizers import Tokenizer
+from braid.parallel.layers import ALONE, Region
 from braid.pretrain.config.objectives.ccdd import CCDDConfig
 from braid.pretrain.config.schema import Config, ModelConfig
 from braid.pretrain.diffusion.absorbing import mask_tokens, masked_cross_entropy
@@ -172,8 +174,12 @@ class CCDD(Objective):
         tokens' even where they differ); float64."""
         return self.config.continuous_scale * continuous_weight(self.config.continuous_weight, times, self.schedule)
 
+    def _nats(self, prediction: JointPrediction, targets: Tensor, masked: Tensor) -> Tensor:
+        """Cross-entropy of masked tokens, [B, L]."""
+        return masked_cross_entropy(prediction.logits, targets, masked, self.mask_id, self.vocabulary)
+
     def loss(self, prediction: JointPrediction, corrupted: JointCorrupted) -> LossTerms:
-        nats = masked_cross_entropy(prediction.logits, corrupted.targets, corrupted.masked, self.mask_id)
+        nats = self._nats(prediction, corrupted.targets, corrupted.masked)
         terms = {"token_loss": self.token_weight(corrupted.times).float()[:, None] * nats}
         if not self.features:
             error = (prediction.latents - corrupted.latent_targets).square().clamp(max=ERROR_CLIP).mean(-1)
@@ -237,8 +243,8 @@ class CCDD(Objective):
         weight = (1 - BOUND_TIME_MIN) * SURVIVAL.elbo_weight(times)
 
         def bound(latents: Tensor) -> Tensor:
-            logits = self.predict(replace(corrupted, latents=latents)).logits
-            nats = masked_cross_entropy(logits, corrupted.targets, corrupted.masked, self.mask_id)
+            prediction = self.predict(replace(corrupted, latents=latents))
+            nats = self._nats(prediction, corrupted.targets, corrupted.masked)
             return weight * sum_positions(nats, batch.loss_mask)
 
         return bound(corrupted.latents), bound(torch.zeros_like(corrupted.latents))
@@ -266,7 +272,7 @@ class CCDD(Objective):
         tokens, masked = self._masked(batch, noise, times)
         z_t = self._noised(self._with_given(z_0, batch), noise, times)
         prediction = self.denoise(tokens, times, z_t)
-        nats = masked_cross_entropy(prediction.logits, batch.tokens, masked, self.mask_id)
+        nats = self._nats(prediction, batch.tokens, masked)
         estimate = posterior_mean(z_t, prediction.latents, times, self.config.latent_sigma, self.schedule)
         error = (z_0.double() - estimate).square().sum(-1)
         return sum_positions(nats, batch.loss_mask), sum_positions(error, batch.loss_mask)
@@ -281,7 +287,7 @@ class CCDD(Objective):
         return curves
 
 
-def build(config: Config, tokenizer: Tokenizer, encoder: Encoder | None) -> CCDD:
+def build(config: Config, tokenizer: Tokenizer, encoder: Encoder | None, region: Region = ALONE) -> CCDD:
     """From a configuration, the corpus's tokenizer and the frozen encoder."""
     assert encoder is not None, "a joint objective needs an encoder"
     objective = config.objective
@@ -290,13 +296,14 @@ def build(config: Config, tokenizer: Tokenizer, encoder: Encoder | None) -> CCDD
         "latent_dim": encoder.latent_dim,
         "separate_times": objective.latent_times != "shared",
         "seed": config.run.seed,
+        "region": region,
     }
     network = build_network(objective, config.model, **settings)
     conditional = config.data.packing == "pairs"
     return CCDD(objective, network, encoder, conditional=conditional, **special_ids(tokenizer))
 
 
-def build_network(objective: CCDDConfig, model: ModelConfig, **settings: int) -> JointNetwork:
+def build_network(objective: CCDDConfig, model: ModelConfig, **settings: Any) -> JointNetwork:
     """The network of `objective.architecture`; `settings` are those of `JointNetwork`."""
     match objective.architecture:
         case "mdit":

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from braid.data_pipeline.loader import Batch
 from braid.data_pipeline.tokenizers import Tokenizer
+from braid.parallel.layers import ALONE, Region
 from braid.pretrain.config.schema import Config
-from braid.pretrain.diffusion.absorbing import masked_cross_entropy
 from braid.pretrain.diffusion.gaussian import noised
 from braid.pretrain.diffusion.ladd import LatentSchedule, bound_times, second_strata, shifted_times
 from braid.pretrain.diffusion.times import to_range
@@ -102,7 +102,7 @@ class CoLADD(LADD):
 
     def loss(self, prediction: SlotPrediction, corrupted: CoCorrupted) -> LossTerms:
         """Sums over positions: a sequence's mean squared error stands at each of its positions."""
-        nats = masked_cross_entropy(prediction.logits, corrupted.targets, corrupted.masked, self.mask_id)
+        nats = self.token_nats(prediction, corrupted.targets, corrupted.masked)
         error = (prediction.latents - corrupted.latent_targets).square().mean((1, 2))
         latent_weight = self.latent_scale() * corrupted.time_weight * corrupted.latent_weight
         terms = {
@@ -192,7 +192,7 @@ def _squared_error(prediction: SlotPrediction, clean: Tensor) -> Tensor:
     return (prediction.latents.double() - clean.double()).square().sum((1, 2))
 
 
-def build(config: Config, tokenizer: Tokenizer, encoder: Encoder | None) -> CoLADD:
+def build(config: Config, tokenizer: Tokenizer, encoder: Encoder | None, region: Region = ALONE) -> CoLADD:
     """From a configuration, the corpus's tokenizer and the frozen encoder."""
     assert encoder is not None, "Co-LADD needs an encoder"
     ladd = config.objective
@@ -206,5 +206,6 @@ def build(config: Config, tokenizer: Tokenizer, encoder: Encoder | None) -> CoLA
         times=ladd.time_conditioning,
         masked_latents=False,
         seed=config.run.seed,
+        region=region,
     )
     return CoLADD(ladd, network, encoder, **special_ids(tokenizer))

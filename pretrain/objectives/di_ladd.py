@@ -19,6 +19,7 @@ from torch import Tensor
 from braid.data_pipeline.loader import Batch
 from braid.data_pipeline.tokenizers import Tokenizer
 from braid.kernels.random import fold_key
+from braid.parallel.layers import ALONE, Region
 from braid.pretrain.config.schema import Config
 from braid.pretrain.diffusion.absorbing import mask_tokens, masked_cross_entropy
 from braid.pretrain.diffusion.ladd import Survival, second_strata
@@ -154,7 +155,7 @@ class DiLADD(LADD):
     def loss(self, prediction: SlotPrediction, corrupted: DiCorrupted) -> LossTerms:
         """Sums over positions: what belongs to a sequence stands at each of its positions. Diagnostics beside the
         terms of the loss: the perplexity of the codes in use, and how many the last step replaced."""
-        nats = masked_cross_entropy(prediction.logits, corrupted.targets, corrupted.masked, self.mask_id)
+        nats = self.token_nats(prediction, corrupted.targets, corrupted.masked)
         code_nats = self.code_nats(prediction, corrupted.latent_targets, corrupted.masked_codes).mean(1)
         latent_loss = self.latent_scale() * corrupted.latent_weight * code_nats
         terms = {"token_loss": nats, "latent_loss": latent_loss[:, None].expand_as(nats)}
@@ -214,11 +215,16 @@ class DiLADD(LADD):
         }
 
 
-def build(config: Config, tokenizer: Tokenizer, encoder: Encoder | None) -> DiLADD:
+def build(config: Config, tokenizer: Tokenizer, encoder: Encoder | None, region: Region = ALONE) -> DiLADD:
     """From a configuration, the corpus's tokenizer and the frozen encoder, or none where it is learnt."""
     ladd, seed = config.objective, config.run.seed
     latent_dim = ladd.encoder.latent_dim
-    common = {"vocab_size": tokenizer.vocab_size, "num_slots": ladd.num_slots, "latent_dim": latent_dim}
+    common = {
+        "vocab_size": tokenizer.vocab_size,
+        "num_slots": ladd.num_slots,
+        "latent_dim": latent_dim,
+        "region": region,
+    }
     network = JointDenoiser(
         config.model,
         **common,

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from braid.data_pipeline.loader import Batch
 from braid.data_pipeline.tokenizers import Tokenizer
+from braid.parallel.layers import ALONE, Region
 from braid.pretrain.config.schema import Config
-from braid.pretrain.diffusion.absorbing import without_mask
 from braid.pretrain.diffusion.duality import soft_tokens, token_survival
 from braid.pretrain.diffusion.times import to_range
 from braid.pretrain.diffusion.uniform import decoding_nats, in_float64, replace_tokens, skip_mask, uniform_nats
@@ -112,8 +112,8 @@ class Duo(Objective):
 
     def nats(self, logits: Tensor, noised: Tensor, targets: Tensor, times: Tensor) -> Tensor:
         """NELBO density per unit of survival, float64 [B, L]; its vocabulary-wide part in the precision of `logits`."""
-        probabilities = without_mask(logits, self.mask_id).softmax(-1)
-        return uniform_nats(probabilities, noised, targets, 1 - times, self.num_tokens)
+        probabilities = self.vocabulary.softmax(self.vocabulary.without(logits, self.mask_id))
+        return uniform_nats(probabilities, noised, targets, 1 - times, self.num_tokens, self.vocabulary)
 
     def loss(self, prediction: Prediction, corrupted: DuoCorrupted) -> LossTerms:
         nats = self.nats(prediction.logits, corrupted.noised, corrupted.targets, corrupted.times)
@@ -142,9 +142,14 @@ class Duo(Objective):
         return {"token survival": 1 - times}
 
 
-def build(config: Config, tokenizer: Tokenizer, encoder: Encoder | None) -> Duo:
+def build(config: Config, tokenizer: Tokenizer, encoder: Encoder | None, region: Region = ALONE) -> Duo:
     """From a configuration and the corpus's tokenizer."""
     network = Backbone(
-        config.model, vocab_size=tokenizer.vocab_size, causal=False, time_conditioned=True, seed=config.run.seed
+        config.model,
+        vocab_size=tokenizer.vocab_size,
+        causal=False,
+        time_conditioned=True,
+        seed=config.run.seed,
+        region=region,
     )
     return Duo(config.objective, network, **special_ids(tokenizer))

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from braid.data_pipeline.loader import Batch
 from braid.data_pipeline.tokenizers import Tokenizer
+from braid.parallel.layers import ALONE, Region
 from braid.pretrain.config.schema import Config
 from braid.pretrain.diffusion.flow import (
     guidance_scales,
@@ -177,9 +177,13 @@ class ELF(Objective):
         weight = velocity_weight(corrupted.flow_times, self.config.velocity_floor).float()[:, None]
         terms = {
             "denoise_loss": torch.where(decode, 0.0, weight * error),
-            "decode_loss": torch.where(decode, _nats(prediction.logits, corrupted.targets), 0.0),
+            "decode_loss": torch.where(decode, self._nats(prediction.logits, corrupted.targets), 0.0),
         }
         return sum_terms(terms, corrupted.loss_mask, corrupted.times)
+
+    def _nats(self, logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
+        """Cross-entropy over the whole vocabulary, [B, L]."""
+        return self.vocabulary.cross_entropy(logits_BLV, targets_BL)
 
     # -- calls of the network ----------------------------------------------------------------------------------
 
@@ -213,7 +217,7 @@ class ELF(Objective):
         def decoded(shares: Tensor) -> tuple[Tensor, Tensor]:
             corrupted = self._noised(batch, noise, clean, decode=everywhere, shares=shares, **common)
             logits = self._call(corrupted, torch.zeros_like(clean), heads=("decode",)).logits
-            return _nats(logits, batch.tokens), logits.argmax(-1) == batch.tokens
+            return self._nats(logits, batch.tokens), self.vocabulary.gather(logits).argmax(-1) == batch.tokens
 
         nats, right = decoded(shares)
         nats_clean, right_clean = decoded(torch.ones_like(shares))
@@ -237,12 +241,7 @@ class ELF(Objective):
         }
 
 
-def _nats(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
-    """Cross-entropy over the whole vocabulary, [B, L]."""
-    return F.cross_entropy(logits_BLV.flatten(0, 1), targets_BL.flatten(), reduction="none").view_as(targets_BL)
-
-
-def build(config: Config, tokenizer: Tokenizer, encoder: Encoder | None) -> ELF:
+def build(config: Config, tokenizer: Tokenizer, encoder: Encoder | None, region: Region = ALONE) -> ELF:
     assert encoder is not None, "ELF needs the latents of an encoder"
     network = ELFNetwork(
         config.model,
@@ -250,6 +249,7 @@ def build(config: Config, tokenizer: Tokenizer, encoder: Encoder | None) -> ELF:
         latent_dim=encoder.latent_dim,
         bottleneck=config.objective.bottleneck,
         seed=config.run.seed,
+        region=region,
     )
     paired = config.data.packing == "pairs"
     return ELF(config.objective, network, encoder, paired=paired, **special_ids(tokenizer))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from braid.data_pipeline.loader import Batch
 from braid.data_pipeline.tokenizers import Tokenizer
+from braid.parallel.layers import ALONE, Region
 from braid.pretrain.config.schema import Config
 from braid.pretrain.diffusion.hybrid import Hybrid, hybrid_tokens
 from braid.pretrain.diffusion.times import to_range
@@ -73,7 +74,8 @@ class GIDD(Objective):
         process = self.process
         weight = process.elbo_weight if self.config.token_weight == "elbo" else process.dynamic_weight
         place = corrupted.tokens, corrupted.targets, corrupted.times, self.mask_id
-        terms = {"token_loss": weight(*place) * process.divergence(prediction.logits, *place)}
+        divergence = process.divergence(prediction.logits, *place, self.vocabulary)
+        terms = {"token_loss": weight(*place) * divergence}
         return sum_terms(terms, corrupted.loss_mask, corrupted.times)
 
     def evaluate(self, batch: Batch, noise: Noise) -> dict[str, Tensor]:
@@ -88,7 +90,7 @@ class GIDD(Objective):
         """NELBO density of each sequence per unit of time, float64 throughout: [B]."""
         corrupted = self._corrupt(batch, noise, times)
         place = corrupted.tokens, batch.tokens, times
-        divergence = partial(self.process.divergence, mask_id=self.mask_id)
+        divergence = partial(self.process.divergence, mask_id=self.mask_id, vocabulary=self.vocabulary)
         nats = in_float64(divergence, self.predict(corrupted).logits, *place)
         return sum_positions(self.process.elbo_weight(*place, self.mask_id) * nats, batch.loss_mask)
 
@@ -100,9 +102,14 @@ class GIDD(Objective):
         }
 
 
-def build(config: Config, tokenizer: Tokenizer, encoder: Encoder | None) -> GIDD:
+def build(config: Config, tokenizer: Tokenizer, encoder: Encoder | None, region: Region = ALONE) -> GIDD:
     """From a configuration and the corpus's tokenizer."""
     network = Backbone(
-        config.model, vocab_size=tokenizer.vocab_size, causal=False, time_conditioned=True, seed=config.run.seed
+        config.model,
+        vocab_size=tokenizer.vocab_size,
+        causal=False,
+        time_conditioned=True,
+        seed=config.run.seed,
+        region=region,
     )
     return GIDD(config.objective, network, **special_ids(tokenizer))

@@ -119,6 +119,10 @@ class LADD(Objective):
         dropout = corrupted.dropout if self.training else None
         return self.network(corrupted.tokens, corrupted.latents, corrupted.times, corrupted.latent_times, dropout)
 
+    def token_nats(self, prediction: SlotPrediction, targets: Tensor, masked: Tensor) -> Tensor:
+        """Cross-entropy of masked tokens, [B, L]."""
+        return masked_cross_entropy(prediction.logits, targets, masked, self.mask_id, self.vocabulary)
+
     def latent_scale(self) -> float:
         """Factor of the latent loss: 0 in stage one."""
         return self.config.latent_scale if self.step >= self.config.stage_one_steps else 0.0
@@ -135,5 +139,5 @@ class LADD(Objective):
         network says, of x_t (`text`: tokens and where they are masked) and y_t."""
         tokens, masked = text
         prediction = self.network(tokens, latents_BSD, times_B, latent_times_B)
-        nats = masked_cross_entropy(prediction.logits, batch.tokens, masked, self.mask_id)
+        nats = self.token_nats(prediction, batch.tokens, masked)
         return sum_positions(nats, batch.loss_mask), prediction

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from braid.data_pipeline.loader import Batch
 from braid.data_pipeline.tokenizers import Tokenizer
+from braid.parallel.layers import ALONE, Region
 from braid.pretrain.config.schema import Config
 from braid.pretrain.diffusion.absorbing import mask_tokens, masked_cross_entropy
 from braid.pretrain.diffusion.schedules import LogLinear
@@ -55,8 +56,13 @@ class MDLM(Objective):
             return torch.ones_like(times)
         return LogLinear(self.config.schedule_eps).elbo_weight(times)
 
+    def _nats(self, prediction: Prediction, corrupted: TokenCorrupted) -> Tensor:
+        """Cross-entropy of masked tokens, [B, L]."""
+        place = corrupted.targets, corrupted.masked, self.mask_id
+        return masked_cross_entropy(prediction.logits, *place, self.vocabulary)
+
     def loss(self, prediction: Prediction, corrupted: TokenCorrupted) -> LossTerms:
-        nats = masked_cross_entropy(prediction.logits, corrupted.targets, corrupted.masked, self.mask_id)
+        nats = self._nats(prediction, corrupted)
         weighted = self.weight(corrupted.times).float()[:, None] * nats
         return sum_terms({"token_loss": weighted}, corrupted.loss_mask, corrupted.times)
 
@@ -69,8 +75,7 @@ class MDLM(Objective):
 
     def _weighted_nats(self, batch: Batch, noise: Noise, schedule: LogLinear, time_min: float) -> Tensor:
         corrupted = self._corrupt(batch, noise, schedule, time_min)
-        logits = self.predict(corrupted).logits
-        nats = masked_cross_entropy(logits, corrupted.targets, corrupted.masked, self.mask_id)
+        nats = self._nats(self.predict(corrupted), corrupted)
         return schedule.elbo_weight(corrupted.times) * sum_positions(nats, corrupted.loss_mask)
 
     def schedule_curves(self, times: Tensor) -> dict[str, Tensor]:
@@ -78,7 +83,7 @@ class MDLM(Objective):
         return {"token survival": schedule.alpha(times), "token loss weight": self.weight(times.clamp(min=1e-2))}
 
 
-def build(config: Config, tokenizer: Tokenizer, encoder: Encoder | None) -> MDLM:
+def build(config: Config, tokenizer: Tokenizer, encoder: Encoder | None, region: Region = ALONE) -> MDLM:
     """From a configuration and the corpus's tokenizer."""
     network = Backbone(
         config.model,
@@ -86,5 +91,6 @@ def build(config: Config, tokenizer: Tokenizer, encoder: Encoder | None) -> MDLM
         causal=False,
         time_conditioned=config.objective.time_conditioning,
         seed=config.run.seed,
+        region=region,
     )
     return MDLM(config.objective, network, **special_ids(tokenizer))

@@ -25,6 +25,7 @@ from torch import Tensor
 from braid.data_pipeline.loader import Batch
 from braid.data_pipeline.tokenizers import Tokenizer
 from braid.kernels.random import fold_key
+from braid.parallel.layers import ALONE, Region
 from braid.pretrain.config.objectives.replaid import RePlaidConfig
 from braid.pretrain.config.schema import Config
 from braid.pretrain.diffusion import gamma as process
@@ -51,7 +52,7 @@ class RePlaidCorrupted(Corrupted):
     clean: Tensor
     """Embeddings of the targets, float32 [B, L, D]."""
     embeddings: Tensor
-    """The table, float32 [V, D]."""
+    """The table, float32 [V, D]; of a divided vocabulary this process's rows."""
     given: Tensor
     """Positions that are not noised, bool [B, L]."""
     gamma: Tensor
@@ -138,8 +139,8 @@ class RePlaid(Objective):
         length = batch.tokens.shape[1]
         g, g_rate = self.schedule.normalised(times)
         gamma = _constant_where(frozen, self.schedule.gamma(torch.where(times > 0, g, 0.0)))
-        embeddings = self.network.embedding()
-        clean = _constant_where(frozen[:, None, None], F.embedding(batch.tokens, embeddings))
+        table = self.network.embedding()
+        clean = _constant_where(frozen[:, None, None], F.embedding(batch.tokens, table))
         eps = noise.normals(length, clean.shape[-1], purpose=purpose)
         z = noised(clean, eps, process.alpha(gamma), process.sigma(gamma))
         return RePlaidCorrupted(
@@ -149,7 +150,7 @@ class RePlaid(Objective):
             dropout=noise.dropout_key(length),
             z=torch.where(batch.condition[..., None], clean, z),
             clean=clean,
-            embeddings=embeddings,
+            embeddings=self.vocabulary.rows(table),
             given=batch.condition,
             gamma=gamma,
             gamma_rate=_constant_where(frozen, self.schedule.span * g_rate),
@@ -165,8 +166,8 @@ class RePlaid(Objective):
         if len(rows):
             with torch.no_grad():
                 constant = corrupted.self_conditioned[rows]
-                probabilities = self._logits(corrupted, estimates, rows).softmax(-1)
-                found = mean_embedding(probabilities, corrupted.embeddings, constant)
+                probabilities = self.vocabulary.softmax(self._logits(corrupted, estimates, rows))
+                found = self.vocabulary.sum(mean_embedding(probabilities, corrupted.embeddings, constant))
                 estimates = estimates.index_copy(0, rows, found.masked_fill(~constant[:, None, None], 0))
         return self._logits(corrupted, estimates)
 
@@ -192,16 +193,15 @@ class RePlaid(Objective):
     ) -> Tensor:
         """One call of the network: logits float32 [B, L, V], -inf for the mask, from z float32 [B, L, D] (clean where
         `given`), gamma and times float64 [B], and an estimate of the clean embeddings or zeros. Rows of `frozen` take
-        the table float32 [V, D] as a constant."""
+        the table float32 [V, D] as a constant. Of a divided vocabulary, table and logits are this process's part."""
         scale = process.unit_scale(gamma, z.shape[-1]).float()[:, None, None]
         inputs = torch.where(given[..., None], z.shape[-1] ** 0.5 * z, scale * z)
         level = gamma if self.config.time_input == "gamma" else times
         logits = self.network(inputs, estimates, level, dropout if self.training else None)
         if self.output_prior_strength > 0:
             slope = self.output_prior_strength * process.likelihood_slope(gamma)
-            logits = add_output_prior(logits, z, slope, embeddings, frozen)
-        logits.select(-1, self.mask_id).fill_(float("-inf"))
-        return logits
+            logits = add_output_prior(logits, z, slope, embeddings, frozen, self.vocabulary)
+        return self.vocabulary.without_(logits, self.mask_id)
 
     @property
     def output_prior_strength(self) -> float:
@@ -235,9 +235,11 @@ class RePlaid(Objective):
 
     def _nats_and_diffusion(self, logits: Tensor, corrupted: RePlaidCorrupted) -> tuple[Tensor, Tensor]:
         """Cross-entropy of the targets, and 1/2 gamma' exp(-gamma) ||e - estimate||^2: float64 [B, L]."""
-        log_probabilities = F.log_softmax(logits, -1)
-        nats = -log_probabilities.gather(-1, corrupted.targets[..., None]).squeeze(-1)
+        vocabulary = self.vocabulary
+        log_probabilities = vocabulary.log_softmax(logits)
+        nats = -vocabulary.take(log_probabilities, corrupted.targets[..., None]).squeeze(-1)
         estimate = mean_embedding(log_probabilities.exp(), corrupted.embeddings, corrupted.self_conditioned)
+        estimate = vocabulary.sum(estimate)
         error = (corrupted.clean.double() - estimate.double()).square().sum(-1)
         return nats.double(), (corrupted.gamma_rate * process.snr(corrupted.gamma) / 2)[:, None] * error
 
@@ -293,11 +295,15 @@ def _follow_mean_square(interior: tuple[Tensor, Tensor], loss_B: Tensor) -> None
             tensor.register_hook(lambda gradient: 2 * loss_B * gradient)
 
 
-def build(config: Config, tokenizer: Tokenizer, encoder: Encoder | None) -> RePlaid:
+def build(config: Config, tokenizer: Tokenizer, encoder: Encoder | None, region: Region = ALONE) -> RePlaid:
     """From a configuration and the corpus's tokenizer."""
     settings = config.objective
     network = EmbeddingNetwork(
-        config.model, vocab_size=tokenizer.vocab_size, num_dims=settings.embedding_dim, seed=config.run.seed
+        config.model,
+        vocab_size=tokenizer.vocab_size,
+        num_dims=settings.embedding_dim,
+        seed=config.run.seed,
+        region=region,
     )
     given_clean = config.data.packing == "pairs"
     return RePlaid(settings, network, seed=config.run.seed, given_clean=given_clean, **special_ids(tokenizer))

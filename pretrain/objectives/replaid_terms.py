@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from braid.parallel.vocabulary import Vocabulary
+
 SPLIT_DECAY = 0.997
 
 
@@ -46,20 +48,27 @@ class BatchSplit(nn.Module):
 
 
 def add_output_prior(
-    logits_BLV: Tensor, z_BLD: Tensor, slope_B: Tensor, embeddings_VD: Tensor, frozen_B: Tensor
+    logits_BLV: Tensor,
+    z_BLD: Tensor,
+    slope_B: Tensor,
+    embeddings_VD: Tensor,
+    frozen_B: Tensor,
+    vocabulary: Vocabulary,
 ) -> Tensor:
     """logits + slope <z, E_v>: what the noisy embedding alone says of each token (exact, embeddings being of unit
-    length). float32 whatever autocast says."""
+    length). float32 whatever autocast says. Of a divided vocabulary, logits and embeddings are this process's part."""
     frozen_B11 = frozen_B[:, None, None]
     said_BLD = slope_B.float()[:, None, None] * z_BLD
     said = torch.cat([said_BLD.masked_fill(~frozen_B11, 0), said_BLD.masked_fill(frozen_B11, 0)], -1)
+    said = vocabulary.shared(said)
     with torch.autocast(z_BLD.device.type, enabled=False):
         flat = torch.addmm(logits_BLV.flatten(0, 1), said.flatten(0, 1), _with_constant(embeddings_VD).T)
     return flat.view_as(logits_BLV)
 
 
 def mean_embedding(probabilities_BLV: Tensor, embeddings_VD: Tensor, frozen_B: Tensor) -> Tensor:
-    """The embedding that predictions expect, float32 [B, L, D]."""
+    """The embedding that predictions expect, float32 [B, L, D]; of a divided vocabulary what is summed of this
+    process's part."""
     with torch.autocast(probabilities_BLV.device.type, enabled=False):
         constant, learning = (probabilities_BLV @ _with_constant(embeddings_VD)).chunk(2, -1)
     return torch.where(frozen_B[:, None, None], constant, learning)

@@ -23,6 +23,8 @@ from torch import Tensor
 
 from braid.data_pipeline.loader import Batch
 from braid.data_pipeline.tokenizers import Tokenizer
+from braid.kernels.errors import ConfigError
+from braid.parallel.layers import ALONE, Region
 from braid.pretrain.config.objectives.t5 import T5Config
 from braid.pretrain.config.schema import Config
 from braid.pretrain.model.encoders import Encoder
@@ -124,8 +126,14 @@ def _nats(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none").view_as(targets_BT)
 
 
-def build(config: Config, tokenizer: Tokenizer, encoder: Encoder | None) -> T5:
-    """From a configuration and the corpus's tokenizer."""
+def build(config: Config, tokenizer: Tokenizer, encoder: Encoder | None, region: Region = ALONE) -> T5:
+    """From a configuration and the corpus's tokenizer. Raises ConfigError where the layers are to be divided."""
+    if region.size > 1:
+        raise ConfigError(
+            "T5's blocks are transformers', whose layers are not divided",
+            found=f"objective.name=t5, {region.size} processes on the tensor axis",
+            change="parallel.tensor=1",
+        )
     spans = Spans.of(config.data.sequence_length, config.objective)
     network = T5Network(
         config.model,

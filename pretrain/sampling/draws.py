@@ -14,6 +14,7 @@ from torch import Tensor
 
 from braid.kernels import random
 from braid.kernels.random import Stream, fold_key
+from braid.parallel.vocabulary import Vocabulary
 from braid.pretrain.config.schema import SamplingConfig
 from braid.pretrain.diffusion.absorbing import without_mask
 
@@ -29,6 +30,8 @@ class Draws:
     settings: SamplingConfig
     sampler: str
     """The sampler in use: `settings.sampler`, or the objective's default."""
+    vocabulary: Vocabulary | None = None
+    """Given where the network's logits may be divided among processes, which then all draw the same samples."""
     record: bool = False
     progress: Callable[[int, int], None] = lambda done, total: None
     """Told the steps done and their total."""
@@ -72,14 +75,18 @@ class Draws:
         return random.normal(fold_key(self.key, purpose), self.ordinals, positions, num_channels)
 
     def tokens(self, logits_MV: Tensor, step: int, rows_M: Tensor, columns_M: Tensor, *, forbidden: int) -> Tensor:
-        """Token ids int64 [M] for the places (row, column) of the batch, from float logits [M, V]: temperature, then
-        nucleus, then an exact draw. The token `forbidden` (the mask) never comes."""
-        logits_MV = without_mask(logits_MV.float(), forbidden)
+        """Token ids int64 [M] for the places (row, column) of the batch, from the network's logits [M, V]: temperature,
+        then nucleus, then an exact draw. The token `forbidden` (the mask) never comes."""
+        logits_MV = without_mask(self.whole(logits_MV).float(), forbidden)
         if self.settings.temperature != 1.0:
             logits_MV = logits_MV / self.settings.temperature
         if self.settings.top_p < 1.0:
             logits_MV = nucleus(logits_MV, self.settings.top_p)
         return random.categorical(self.step_key(step), logits_MV, self.ordinals[rows_M], columns_M)
+
+    def whole(self, logits: Tensor) -> Tensor:
+        """The network's logits of all tokens, [..., V]."""
+        return logits if self.vocabulary is None else self.vocabulary.gather(logits)
 
     def frame(self, time: float, tokens_NL: Tensor, latents: Tensor | None = None) -> None:
         """Record the first sample: its tokens, and the mean norm of its latents [N, ..., D]."""

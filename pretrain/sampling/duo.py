@@ -56,7 +56,7 @@ def ancestral(
         logits = objective.network(tokens, draws.batch_times(t)).logits
         for place_M2 in free:  # a few at a time: the vocabulary is wide
             rows, columns = place_M2.unbind(1)
-            probabilities = predicted(logits[rows, columns], settings, objective.mask_id)
+            probabilities = predicted(draws.whole(logits[rows, columns]), settings, objective.mask_id)
             posterior = log_posterior(probabilities, tokens[rows, columns], t, s)
             if settings.greedy_final and s == 0:
                 tokens[rows, columns] = posterior.argmax(-1)

@@ -100,6 +100,7 @@ class _State:
         logits = self.network(self.z, torch.zeros_like(self.z), *told, heads=("decode",)).logits
         mask_id, settings = self.objective.mask_id, self.draws.settings
         if settings.temperature == 1.0 and settings.top_p == 1.0:
+            logits = self.draws.whole(logits)
             logits[..., mask_id] = -torch.inf
             return logits.argmax(-1)
         rows, columns = self.everywhere.nonzero(as_tuple=True)

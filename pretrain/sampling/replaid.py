@@ -58,6 +58,7 @@ class _Denoiser:
     def __init__(self, objective: RePlaid, prompt: Prompt, draws: Draws) -> None:
         self.objective, self.prompt, self.draws = objective, prompt, draws
         self.embeddings = objective.network.embedding()
+        self.rows = objective.vocabulary.rows(self.embeddings)
         self.frozen = torch.zeros(len(prompt.tokens), dtype=torch.bool, device=draws.device)
         self.start = draws.fixed_normals(draws.length, self.embeddings.shape[1]).double()
         self.clean = self.embeddings[prompt.tokens].double()
@@ -102,10 +103,11 @@ class _Denoiser:
 
     def _logits(self, z: Tensor, gamma: Tensor, t: float) -> Tensor:
         self.draws.call()
-        return self.objective.logits(
-            z.float(), gamma.expand(len(z)), self.draws.batch_times(t), self.earlier, self.embeddings,
+        logits = self.objective.logits(
+            z.float(), gamma.expand(len(z)), self.draws.batch_times(t), self.earlier, self.rows,
             given=self.shown_clean, frozen=self.frozen,
         )  # fmt: skip
+        return self.draws.whole(logits)
 
     def _gradient_of_known(self, logits: Tensor, z: Tensor) -> Tensor:
         """d/dz of the sum of log p(known token | z), float64 [N, L, D]."""

@@ -54,6 +54,7 @@ def draw_samples(
         length=prompt.tokens.shape[1],
         settings=settings,
         sampler=sampler_name(settings, objective.config),
+        vocabulary=objective.vocabulary,
         record=record,
         progress=progress,
     )

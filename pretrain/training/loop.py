@@ -22,9 +22,11 @@ from braid.data_pipeline.order import ShuffledOrder
 from braid.data_pipeline.packing import Rows
 from braid.kernels.errors import CheckpointError, Preempted, TrainingFailed
 from braid.kernels.random import fold_key
-from braid.parallel.data_parallel import World, reduce_gradients
+from braid.parallel.data_parallel import reduce_gradients
+from braid.parallel.layers import sum_partial_gradients, whole_shape
+from braid.parallel.mesh import Mesh
 from braid.pretrain.checkpoint.files import write_atomically
-from braid.pretrain.checkpoint.snapshot import Snapshot, checkpoint_files, restore, take
+from braid.pretrain.checkpoint.snapshot import Snapshot, checkpoint_files, restore, take, tensors_to_save
 from braid.pretrain.checkpoint.store import CheckpointStore, SaveFailed
 from braid.pretrain.config.load import dump_config
 from braid.pretrain.config.schema import Config
@@ -64,8 +66,9 @@ class Interval:
 class Trainer:
     """One run on one rank. `train()` returns when the last step is done and saved."""
 
-    def __init__(self, config: Config, world: World, store: CheckpointStore) -> None:
-        self.config, self.world, self.device = config, world, world.device
+    def __init__(self, config: Config, mesh: Mesh, store: CheckpointStore) -> None:
+        world = mesh.world
+        self.config, self.mesh, self.world, self.device = config, mesh, world, world.device
         self.store = store
         self.run_dir = Path(config.run.dir)
         data, training = config.data, config.training
@@ -84,16 +87,17 @@ class Trainer:
             ShuffledOrder(rows.rows_per_shard, config.run.seed, data.window),
             global_batch_size=training.global_batch_size,
             micro_batch_size=training.micro_batch_size,
-            data_rank=world.rank,
-            data_size=world.size,
+            data_rank=mesh.data.rank,
+            data_size=mesh.data.size,
             workers=data.workers,
         )
 
-        # Model and optimizer; the same initial weights on every rank, by construction.
+        # Model and optimizer; the same initial weights on every layout, by construction.
         encoder = training_encoder(config, corpus, world)
-        self.objective = build_objective(config, self.tokenizer, encoder, self.device)
+        sharded = {"tensor": mesh.tensor, "sequence": config.parallel.sequence}
+        self.objective = build_objective(config, self.tokenizer, encoder, self.device, **sharded)
         self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(self.objective, config.optimizer)
+        self.optimizer = build_optimizer(self.objective, config.optimizer, mesh.tensor)
         self.ema = EMA(self.objective, training.ema_decay) if training.ema_decay else None
         self.noise_key = fold_key(config.run.seed, "train")
         with autocast(config.run.precision, self.device):
@@ -192,15 +196,18 @@ class Trainer:
                 terms[name] = terms.get(name, 0.0) + value.double()
             for name, value in loss.statistics.items():
                 statistics[name] = statistics.get(name, 0.0) + value
-        totals = self.world.all_reduce_sum(torch.cat([sums, torch.stack(list(terms.values()))]))
-        statistics = {name: self.world.all_reduce_sum(value) for name, value in statistics.items()}
-        reduce_gradients(self.parameters, self.world)
+        # Ranks of the tensor axis have the same rows and the same loss: sums are over those with rows of their own.
+        peers = self.mesh.reduction
+        totals = peers.all_reduce_sum(torch.cat([sums, torch.stack(list(terms.values()))]))
+        statistics = {name: peers.all_reduce_sum(value) for name, value in statistics.items()}
+        sum_partial_gradients(self.parameters, self.mesh.tensor)
+        reduce_gradients(self.parameters, peers)
         count, total, *rest = totals.tolist()
         if count != nominal:
             gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
             torch._foreach_mul_(gradients, nominal / count)
 
-        norm = gradient_norm(self.parameters)
+        norm = gradient_norm(self.parameters, self.mesh.tensor)
         if not math.isfinite(norm.item()):
             raise TrainingFailed(
                 f"the gradient is not finite at step {self.step + 1}; the weights were left as they were",
@@ -275,7 +282,7 @@ class Trainer:
         with self._averaged(), autocast(self.config.run.precision, self.device):
             estimates = evaluate_rows(
                 self.objective, self.validation_rows, num_sequences=num_sequences, draws=1, seed=self.config.run.seed,
-                micro_batch_size=config.micro_batch_size, world=self.world,
+                micro_batch_size=config.micro_batch_size, peers=self.mesh.reduction,
             )  # fmt: skip
         first = estimates[0]
         self._record(
@@ -295,7 +302,7 @@ class Trainer:
                  f"({num_sequences} sequences, one draw)")  # fmt: skip
 
     def _sample(self) -> None:
-        if self.world.rank == 0:
+        if self.mesh.reduction.rank == 0:  # and all that share its weights
             num, data = self.config.training.num_samples, self.config.data
             pairs = data.packing == "pairs"
             prompt = source_prompt(self.validation_rows, num) if pairs else no_prompt(num, data.sequence_length)
@@ -305,7 +312,8 @@ class Trainer:
             settings, seed = self.config.sampling, self.config.run.seed
             try:
                 used = sampler_settings(settings, self.config.objective)
-                write_samples(path, samples, self.tokenizer, used, step=self.step, seed=seed)
+                if self.world.rank == 0:
+                    write_samples(path, samples, self.tokenizer, used, step=self.step, seed=seed)
             except OSError as error:
                 self.say(f"warning: {path} could not be written, training goes on: {error}")
         self.world.barrier()
@@ -320,7 +328,7 @@ class Trainer:
         environment = collect_environment(str(self.device)) | {"ranks": self.world.size}
         encoder = self.objective.encoder
         environment["parameters"] = parameter_counts(self.objective.network) | {
-            "objective": sum(p.numel() for p in self.objective.parameters()),
+            "objective": sum(whole_shape(p).numel() for p in self.objective.parameters()),
             "frozen_encoder": encoder.num_parameters if encoder is not None else 0,
         }
         write_atomically(self.run_dir / "environment.json", (json.dumps(environment, indent=2) + "\n").encode())
@@ -343,6 +351,7 @@ class Trainer:
     def _save(self, *, last: bool) -> None:
         """Commit a checkpoint. A failed save is reported and training goes on, unless nothing later could save."""
         problem = None
+        groups = tensors_to_save(self.objective, self.optimizer, self.ema, self.mesh.tensor)
         if self.world.rank == 0:
             state = {
                 "interval": vars(self.interval),
@@ -350,7 +359,7 @@ class Trainer:
                 "seconds": self.meter.elapsed,
                 "loader": self.loader.state_dict(),
             }
-            snapshot = take(self.config, self.step, self.objective, self.optimizer, self.ema, state, self.tokenizer)
+            snapshot = take(self.config, self.step, self.objective, groups, state, self.tokenizer)
             try:
                 self.store.save(self.step, snapshot.groups, snapshot.state, self.checkpoint_files)
             except SaveFailed as error:

@@ -21,6 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from braid.parallel.layers import gather_whole
+from braid.parallel.mesh import Axis
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the odd polynomial a x + b x^3 + c x^5 that is applied to the singular values (Jordan et al., 2024)."""
 NUM_ITERATIONS = 5
@@ -65,8 +68,8 @@ class Muon(torch.optim.Optimizer):
     moving, whatever branch of the objective a step took. State: `step` (float32, on the CPU), and `momentum`, or
     `exp_avg` and `exp_avg_sq`.
 
-    Orthogonalising mixes all entries of a matrix. Where a matrix is sharded, its u_t has to be gathered, orthogonalised
-    whole and cut again; shards orthogonalised one by one give another update.
+    Orthogonalising mixes all entries of a matrix. Where a matrix is divided among the ranks of the axis `tensor`, its
+    u_t is gathered, orthogonalised whole and cut again: parts orthogonalised one by one would give another update.
     """
 
     def __init__(
@@ -77,7 +80,9 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        tensor: Axis | None = None,
     ) -> None:
+        self.tensor = tensor
         super().__init__(
             groups, {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": 0.0, "kind": None}
         )
@@ -87,23 +92,26 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:
         assert closure is None
         for group in self.param_groups:
-            update_of = _adam_update if group["kind"] == "other" else _matrix_update
             for parameter in group["params"]:
                 gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                update = update_of(self.state[parameter], gradient, group)
+                if group["kind"] == "other":
+                    update = _adam_update(self.state[parameter], gradient, group)
+                else:
+                    update = self._matrix_update(parameter, gradient, group)
                 parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
 
-
-def _matrix_update(state: dict[str, Tensor], gradient: Tensor, group: dict[str, Any]) -> Tensor:
-    beta = group["momentum"]
-    if not state:
-        state.update(step=torch.tensor(0.0), momentum=torch.zeros_like(gradient))
-    state["step"] += 1
-    state["momentum"].lerp_(gradient, 1 - beta)
-    averaged = nesterov(state["momentum"], gradient, beta, int(state["step"]))
-    rows, columns = gradient.shape[-2:]
-    out_over_in = rows / columns if group["kind"] == "matrix" else columns / rows
-    return orthogonalised(averaged, group["eps"]) * math.sqrt(max(1, out_over_in))
+    def _matrix_update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
+        state, beta, shard = self.state[parameter], group["momentum"], getattr(parameter, "shard", None)
+        if not state:
+            state.update(step=torch.tensor(0.0), momentum=torch.zeros_like(gradient))
+        state["step"] += 1
+        state["momentum"].lerp_(gradient, 1 - beta)
+        averaged = nesterov(state["momentum"], gradient, beta, int(state["step"]))
+        whole = averaged if shard is None else gather_whole(averaged, shard, self.tensor)
+        rows, columns = whole.shape[-2:]
+        out_over_in = rows / columns if group["kind"] == "matrix" else columns / rows
+        update = orthogonalised(whole, group["eps"]) * math.sqrt(max(1, out_over_in))
+        return update if shard is None else shard.cut(update)
 
 
 def _adam_update(state: dict[str, Tensor], gradient: Tensor, group: dict[str, Any]) -> Tensor:

@@ -7,14 +7,17 @@ import math
 import torch
 from torch import Tensor, nn
 
+from braid.parallel.layers import RowEmbedding
+from braid.parallel.mesh import Axis
 from braid.pretrain.config.schema import OptimizerConfig
 from braid.pretrain.objectives.base import Objective
 
 from .muon import Muon
 
 
-def build_optimizer(objective: Objective, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer of all parameters that are trained, in groups of one peak learning rate and weight decay.
+def build_optimizer(objective: Objective, config: OptimizerConfig, tensor: Axis | None = None) -> torch.optim.Optimizer:
+    """The optimizer of all parameters that are trained, in groups of one peak learning rate and weight decay. `tensor`
+    is the axis that the weights are divided on.
 
     Both are the configuration's, the decay on matrices alone (see `parameter_kinds`). Parameters whose name is, or lies
     below, a prefix in `objective.parameter_rates()` have those of the longest such prefix, whatever their kind.
@@ -35,7 +38,7 @@ def build_optimizer(objective: Objective, config: OptimizerConfig) -> torch.opti
         groups.setdefault(tuple(settings.values()), settings | {"params": []})["params"].append(parameter)
     common = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
     if is_muon:
-        return Muon(groups.values(), momentum=config.momentum, **common)
+        return Muon(groups.values(), momentum=config.momentum, tensor=tensor, **common)
     return torch.optim.AdamW(groups.values(), foreach=True, **common)
 
 
@@ -46,7 +49,7 @@ def parameter_kinds(module: nn.Module) -> dict[str, str]:
     parameter of two or more dimensions called `weight` or `..._weight` holds; learned tokens [n, W] and the biases of
     experts [E, out] are called otherwise. `other`: all else.
     """
-    tables = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
+    tables = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding | RowEmbedding)}
     return {
         name: "table" if id(parameter) in tables
         else "matrix" if parameter.ndim >= 2 and name.endswith("weight")
@@ -84,9 +87,15 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = factor * group["peak_lr"]
 
 
-def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
-    """Global L2 norm over every gradient, float32 scalar."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+def gradient_norm(parameters: list[nn.Parameter], tensor: Axis | None = None) -> Tensor:
+    """Global L2 norm over every gradient, float32 scalar; the same on all ranks of the axis `tensor`, whose parts of
+    divided gradients are added up. What every rank has whole counts once."""
+    given = [p for p in parameters if p.grad is not None]
+    divided = [p.grad for p in given if hasattr(p, "shard")]
+    whole = torch.nn.utils.get_total_norm([p.grad for p in given if not hasattr(p, "shard")])
+    if not divided:
+        return whole
+    return torch.sqrt(whole.square() + tensor.all_reduce_sum(torch.nn.utils.get_total_norm(divided).square()))
 
 
 def clip_gradients(parameters: list[nn.Parameter], norm: Tensor, clip_norm: float) -> None:

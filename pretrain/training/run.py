@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from braid.kernels.errors import BraidError, ConfigError, TrainingFailed
 from braid.parallel.data_parallel import World, init_world
+from braid.parallel.mesh import Mesh, build_mesh
+from braid.parallel.plan import ParallelConfig
 from braid.pretrain.checkpoint.store import CheckpointStore
 from braid.pretrain.config.load import load_config
 from braid.pretrain.config.schema import Config
@@ -19,6 +21,9 @@ from braid.pretrain.exits import INTERRUPTED, is_about_a_place
 from .loop import Trainer
 from .outcome import STATUS, clear_outcome, write_failed_start, write_outcome
 from .precision import prepare_process
+
+TRAINED = {"tensor", "sequence"}
+"""Fields of the section `parallel` that the trainer follows."""
 
 
 def main(recipe: str, overrides: Sequence[str]) -> int:
@@ -35,13 +40,29 @@ def pretrain(config: Config) -> int:
             world = init_world(config.run.device)
             stack.callback(world.close)
             validate(config, world_size=world.size)
+            _refuse_unbuilt(config)
+            mesh = build_mesh(world, config.parallel)
+            stack.callback(mesh.close)
         except BraidError as error:
             write_failed_start(run_dir, error)
             raise
         prepare_process(config.run)
         store = CheckpointStore(run_dir / "checkpoints", keep=config.checkpoint.keep)
         with _writing(store, run_dir, world):
-            return _train(config, world, store)
+            return _train(config, mesh, store)
+
+
+def _refuse_unbuilt(config: Config) -> None:
+    """The trainer runs data, tensor and sequence parallelism; other plans are for `braid plan` so far."""
+    default = ParallelConfig()
+    given = {field.name: getattr(config.parallel, field.name) for field in fields(default)}
+    unbuilt = [name for name in given.keys() - TRAINED if given[name] != getattr(default, name)]
+    if unbuilt:
+        raise ConfigError(
+            "this version trains with data, tensor and sequence parallelism; `braid plan` estimates other plans too",
+            found=", ".join(f"parallel.{name} = {given[name]!r}" for name in sorted(unbuilt)),
+            change="leave these fields of the section `parallel` at their defaults",
+        )
 
 
 @contextmanager
@@ -98,12 +119,12 @@ def _lost_a_peer(error: BraidError) -> bool:
     return isinstance(error, TrainingFailed) and isinstance(error.__cause__, RuntimeError)
 
 
-def _train(config: Config, world: World, store: CheckpointStore) -> int:
+def _train(config: Config, mesh: Mesh, store: CheckpointStore) -> int:
     trainer = None
     try:
-        with _outcome(Path(config.run.dir), world) as ending:
-            _check_unused(config, world, store)
-            trainer = Trainer(config, world, store)
+        with _outcome(Path(config.run.dir), mesh.world) as ending:
+            _check_unused(config, mesh.world, store)
+            trainer = Trainer(config, mesh, store)
             ending.trainer = trainer
             trainer.train()
     finally:

@@ -1,69 +1,20 @@
-"""What runs on ranks in the tests beside it, and how ranks are started. A module of its own because the children import
-it by name."""
+"""What runs on the ranks of test_data_parallel.py and test_rank_processes.py, which import it by name."""
 
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
-import socket
 import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
 from braid.kernels.errors import TrainingFailed
 from braid.parallel import data_parallel
-from braid.parallel.data_parallel import World, init_world, reduce_gradients
-
-# The children come from a server process that has imported torch and done nothing with it: starting one takes
-# milliseconds, and no thread of this process is lost in the fork.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["torch", "torch.distributed", "braid.parallel.data_parallel"])
-
-
-def _rank(body: Callable, rank: int, size: int, port: int, timeout_s: float, results: Any, args: tuple) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    started = time.monotonic()
-    try:
-        world = init_world("cpu", timeout_s)
-        result = body(world, *args)
-        world.close()
-    except TrainingFailed as error:
-        result = (str(error), time.monotonic() - started)
-    results.put((rank, result))
-
-
-def on_ranks(size: int, body: Callable, *args: Any, timeout_s: float = 60.0, answers: int | None = None) -> list[Any]:
-    """What `body(world, *args)` returns on each of `size` ranks, each a process; TrainingFailed as (text, seconds)."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    results = processes.SimpleQueue()
-    children = [
-        processes.Process(target=_rank, args=(body, rank, size, port, timeout_s, results, args)) for rank in range(size)
-    ]
-    for child in children:
-        child.start()
-    answers = size if answers is None else answers
-    collected = []
-    deadline = time.monotonic() + 90
-    while len(collected) < answers:
-        if not results.empty():
-            collected.append(results.get())
-            continue
-        assert time.monotonic() < deadline, "ranks did not answer"
-        ended = sum(child.exitcode is not None for child in children)
-        assert ended < size or len(collected) >= answers or not results.empty(), "a rank ended without an answer"
-        time.sleep(0.005)
-    for child in children:
-        child.join(30) if answers == size else child.kill()
-    return [result for _, result in sorted(collected)]
+from braid.parallel.data_parallel import World, reduce_gradients
 
 
 def network() -> nn.Sequential:
@@ -117,15 +68,60 @@ def talk(world: World) -> tuple:
     return (world.rank, world.size, world.local_rank, str(world.device), flags, config, last, total.tolist())
 
 
-def die_or_wait(world: World) -> None:
+def die_or_wait(world: World) -> tuple[str, float]:
     world.barrier()
     if world.rank == 1:
         os._exit(1)
-    world.any(False)
+    return _wait_in_vain(lambda: world.any(False))
 
 
-def sleep_or_wait(world: World) -> None:
+def sleep_or_wait(world: World) -> tuple[str, float]:
     world.barrier()
     if world.rank == 1:
         time.sleep(60)
-    reduce_gradients(network().parameters(), world)
+    return _wait_in_vain(lambda: reduce_gradients(network().parameters(), world))
+
+
+def _wait_in_vain(collective: Callable[[], object]) -> tuple[str, float]:
+    """The error of a collective, and the seconds until it came."""
+    started = time.monotonic()
+    with pytest.raises(TrainingFailed) as caught:
+        collective()
+    return str(caught.value), time.monotonic() - started
+
+
+def introduce(world: World, argument: object) -> dict[str, object]:
+    return {
+        "rank": world.rank,
+        "pid": os.getpid(),
+        "argument": argument,
+        "threads": torch.get_num_threads(),
+        "gpus": torch.cuda.device_count(),
+        "omp": os.environ["OMP_NUM_THREADS"],
+    }
+
+
+def fail_on_one(world: World, folder: Path) -> None:
+    (folder / str(os.getpid())).touch()
+    world.barrier()
+    if world.rank == 1:
+        raise ValueError("it broke")
+    time.sleep(60)
+
+
+def hang(world: World, folder: Path) -> None:
+    (folder / str(os.getpid())).touch()
+    if world.rank == 1:
+        time.sleep(60)
+    world.barrier()
+
+
+def leave_one_behind(world: World) -> int:
+    world.barrier()
+    if world.rank == 2:
+        time.sleep(60)
+    return world.rank
+
+
+def vanish(world: World) -> None:
+    os._exit(7)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from rank_bodies import die_or_wait, on_ranks, reduce_odd_gradients, sleep_or_wait, talk, train
+from rank_bodies import die_or_wait, reduce_odd_gradients, sleep_or_wait, talk, train
 from torch import nn
 
 from braid.kernels.errors import ConfigError, TrainingFailed
@@ -20,11 +20,11 @@ from braid.parallel.data_parallel import World, init_world, pick_device, reduce_
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_training_equals_one_process_and_repeats_bit_for_bit(size: int) -> None:
+def test_training_equals_one_process_and_repeats_bit_for_bit(ranks, size: int) -> None:
     alone, _ = train(World.single(), 2**25)
-    first = on_ranks(size, train, 1000)  # buckets that cut parameters in two
-    again = on_ranks(size, train, 1000)
-    whole = on_ranks(size, train, 2**25)
+    first = ranks(train, size, 1000)  # buckets that cut parameters in two
+    again = ranks(train, size, 1000)
+    whole = ranks(train, size, 2**25)
     digests = {digest for _, digest in [*first, *again]}
     assert len(digests) == 1, "the same bits on every rank and in every run"
     for weights, _ in [*first, *whole]:
@@ -32,10 +32,10 @@ def test_training_equals_one_process_and_repeats_bit_for_bit(size: int) -> None:
             torch.testing.assert_close(torch.from_numpy(found), torch.from_numpy(expected), rtol=1e-5, atol=1e-6)
 
 
-def test_missing_odd_and_frozen_gradients() -> None:
+def test_missing_odd_and_frozen_gradients(ranks) -> None:
     alone = reduce_odd_gradients(World.single())
     assert alone[0] == [[1.0] * 5] * 3 and alone[3] == [0.0] * 4 and alone[5] is None
-    for found in on_ranks(4, reduce_odd_gradients):
+    for found in ranks(reduce_odd_gradients, 4):
         assert found[0] == [[10.0] * 5] * 3
         assert found[1] == list(map(float, range(7)))
         assert found[2][0] != found[2][0] and found[2][1] == 6.0, "a NaN reaches all ranks, and no neighbour"
@@ -52,9 +52,9 @@ def test_buckets_cover_every_element_once() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_collectives(size: int) -> None:
+def test_collectives(ranks, size: int) -> None:
     flags = [True] * size + [False]
-    for rank, found in enumerate(on_ranks(size, talk)):
+    for rank, found in enumerate(ranks(talk, size)):
         last = size - 1
         expected = (rank, size, rank, "cpu", flags, {"dir": "run", "rank": 0}, last, [float(size), 2.0**size - 1])
         assert found == expected
@@ -62,13 +62,14 @@ def test_collectives(size: int) -> None:
         assert talk(World.single()) == (0, 1, 0, "cpu", flags, {"dir": "run", "rank": 0}, 0, [1.0, 1.0])
 
 
-def test_a_dead_rank_ends_the_others_at_once() -> None:
-    for text, seconds in on_ranks(3, die_or_wait, answers=2):
+def test_a_dead_rank_ends_the_others_at_once(ranks) -> None:
+    first, _, last = ranks(die_or_wait, 3, lost={1})
+    for text, seconds in (first, last):
         assert "another rank died or is stuck" in text and "on rank" in text and seconds < 30
 
 
-def test_a_stuck_rank_ends_the_others_after_the_timeout() -> None:
-    [(text, seconds)] = on_ranks(2, sleep_or_wait, timeout_s=2.0, answers=1)
+def test_a_stuck_rank_ends_the_others_after_the_timeout(ranks) -> None:
+    (text, seconds), _ = ranks(sleep_or_wait, 2, patience_s=2.0, lost={1})
     assert "a sum over 2 ranks did not complete" in text and "on rank 0" in text and 2.0 <= seconds < 30
 
 

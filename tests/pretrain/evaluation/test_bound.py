@@ -47,7 +47,7 @@ def figures(estimates):
 @pytest.mark.parametrize("name", ["ar", "mdlm", "ccdd"])
 def test_batch_size_does_not_change_the_numbers(name):
     objective, rows = build(name), FixedRows(10)
-    common = dict(num_sequences=10, draws=2, seed=0, world=World.single("cpu"))
+    common = dict(num_sequences=10, draws=2, seed=0, peers=World.single("cpu"))
     a = figures(evaluate_rows(objective, rows, micro_batch_size=10, **common))
     b = figures(evaluate_rows(objective, rows, micro_batch_size=3, **common))
     for key in a:
@@ -58,7 +58,7 @@ def test_ranks_split_the_rows_and_sum():
     """Two ranks' halves, added up as all_reduce_sum would, are the one-rank figures."""
     objective, rows = build("mdlm"), FixedRows(10)
     whole = figures(
-        evaluate_rows(objective, rows, num_sequences=10, draws=2, seed=0, micro_batch_size=3, world=World.single("cpu"))
+        evaluate_rows(objective, rows, num_sequences=10, draws=2, seed=0, micro_batch_size=3, peers=World.single("cpu"))
     )
     collected: dict[int, list[torch.Tensor]] = {0: [], 1: []}
 
@@ -75,8 +75,8 @@ def test_ranks_split_the_rows_and_sum():
             return tensor
 
     common = dict(num_sequences=10, draws=2, seed=0, micro_batch_size=3)
-    evaluate_rows(objective, rows, world=Half(0), **common)
-    both = figures(evaluate_rows(objective, rows, world=Half(1), **common))
+    evaluate_rows(objective, rows, peers=Half(0), **common)
+    both = figures(evaluate_rows(objective, rows, peers=Half(1), **common))
     for key in whole:
         assert whole[key] == pytest.approx(both[key], rel=1e-6)
 
@@ -89,7 +89,7 @@ def test_the_standard_error_is_that_of_repeated_evaluations():
         rows = FixedRows(16)
         rows.tokens = np.random.default_rng(seed).integers(0, VOCAB - 1, (16, LENGTH))
         first = evaluate_rows(
-            objective, rows, num_sequences=16, draws=1, seed=seed, micro_batch_size=16, world=World.single("cpu")
+            objective, rows, num_sequences=16, draws=1, seed=seed, micro_batch_size=16, peers=World.single("cpu")
         )[0]
         values.append(first.value)
         errors.append(first.standard_error)
@@ -131,7 +131,7 @@ def test_scored_rows_are_spread_over_the_split():
     seen = []
     read = rows.read
     rows.read = lambda indices: (seen.extend(indices), read(indices))[1]
-    common = dict(draws=1, seed=0, micro_batch_size=50, world=World.single("cpu"))
+    common = dict(draws=1, seed=0, micro_batch_size=50, peers=World.single("cpu"))
     some = evaluate_rows(objective, rows, num_sequences=5, **common)[0]
     assert seen == [0, 10, 20, 30, 40]
     everything = evaluate_rows(objective, rows, num_sequences=50, **common)[0]
@@ -178,5 +178,5 @@ def test_evaluation_leaves_the_training_mode_as_it_was():
     objective = build("mdlm")
     objective.train()
     rows = FixedRows(4)
-    evaluate_rows(objective, rows, num_sequences=4, draws=1, seed=0, micro_batch_size=4, world=World.single("cpu"))
+    evaluate_rows(objective, rows, num_sequences=4, draws=1, seed=0, micro_batch_size=4, peers=World.single("cpu"))
     assert objective.training

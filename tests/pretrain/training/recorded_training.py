@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from braid.data_pipeline.loader import Batch
+from braid.pretrain.checkpoint.layout import gather_tensors, shards_of
 from braid.pretrain.command import run
 from braid.pretrain.exits import run_and_report
 from braid.pretrain.objectives.base import Corrupted
@@ -47,11 +48,15 @@ class RecordedTrainer(loop.Trainer):
         os.write(self.record, b"\n" + json.dumps(line).encode())  # a line torn by a kill does not spoil the next
         return terms
 
-    def gradient_norm(self, parameters):
-        if GRADIENTS and self.world.rank == 0:
-            named = self.objective.named_parameters()
-            torch.save({name: p.grad.clone() for name, p in named}, GRADIENTS / f"{self.step + 1}.pt")
-        return self.plain_norm(parameters)
+    def gradient_norm(self, parameters, tensor):
+        if GRADIENTS:
+            gradients = {name: p.grad for name, p in self.objective.named_parameters()}
+            whole = gather_tensors(gradients, shards_of(self.objective), tensor)
+            if self.world.rank == 0:
+                torch.save(
+                    {name: gradient.clone() for name, gradient in whole.items()}, GRADIENTS / f"{self.step + 1}.pt"
+                )
+        return self.plain_norm(parameters, tensor)
 
     def _optimizer_step(self, micro_batches):
         return super()._optimizer_step([pad(batch) for batch in micro_batches] if PADDED else micro_batches)

@@ -28,7 +28,7 @@ from training_runs import (
     steps_of,
 )
 
-from braid.parallel.data_parallel import World
+from braid.parallel.mesh import Mesh
 from braid.pretrain.checkpoint.store import CheckpointStore
 from braid.pretrain.config.load import load_config, recipes
 from braid.pretrain.objectives.base import Noise
@@ -130,7 +130,7 @@ def test_the_gradient_is_that_of_the_sum_over_the_count(trainers: Trainers, tmp_
     run_dir = train(trainers, recipe, (2, 2), padded=True)
     config = load_config(run_dir / "config.yaml", [f"run.dir={tmp_path / 'reference'}", "training.micro_batch_size=8"])
     (tmp_path / "reference").mkdir()
-    trainer = Trainer(config, World.single(), CheckpointStore(tmp_path / "reference" / "checkpoints"))
+    trainer = Trainer(config, Mesh.single(), CheckpointStore(tmp_path / "reference" / "checkpoints"))
     [batch] = next(iter(trainer.loader))
 
     def loss_of(batch):

@@ -91,12 +91,14 @@ class Process:
 
 
 class WarmPython:
-    """The process of warm_python.py; it ends with this one."""
+    """The process of warm_python.py, which has imported `modules`; it ends with this one."""
 
-    def __init__(self) -> None:
-
+    def __init__(self, *modules: str, env: dict[str, str] | None = None) -> None:
         self._server = subprocess.Popen(
-            [sys.executable, HERE / "warm_python.py", *PRELOADED], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, HERE / "warm_python.py", *modules],
+            env=os.environ | (env or {}),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
         self._buffered, self._started, self.codes = b"", [], {}
         atexit.register(self._close)
@@ -135,7 +137,7 @@ class WarmPython:
 @functools.cache
 def warm_python() -> WarmPython:
     """One for the whole test session."""
-    return WarmPython()
+    return WarmPython(*PRELOADED)
 
 
 class Trainers:

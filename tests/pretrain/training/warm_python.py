@@ -12,6 +12,7 @@ child is gone (minus the signal for one that was killed).
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import importlib
 import json
@@ -87,8 +88,9 @@ def become(request: dict, inherited: dict[int, int]) -> None:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        importlib.import_module(name)
+    with contextlib.redirect_stdout(sys.stderr):  # some say hello; standard output is for answers
+        for name in sys.argv[1:]:
+            importlib.import_module(name)
     assert len(os.listdir("/proc/self/task")) == 1, "a fork would lose the other threads"
     gc.freeze()  # else the children's first collection would write to, and so copy, every page
     code = run_as_main(serve())

@@ -1,0 +1,122 @@
+"""A vocabulary whose logits are divided among the processes of the tensor axis.
+
+Every process has the columns of its own rows of the token table, padding at the end of the last: [..., V'] where one
+process has [..., V]. What is done over all tokens is done here, by methods that on one process are torch's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from braid.parallel.layers import Shard, megatron, shared, summed
+from braid.parallel.mesh import Axis
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """`size` tokens (V), V' of them on this process. Losses come out the same on every process; gradients of logits are
+    those of this process's."""
+
+    size: int
+    axis: Axis | None = None
+
+    @property
+    def divided(self) -> bool:
+        return self.axis is not None and self.axis.size > 1
+
+    @property
+    def first(self) -> int:
+        """The first token of this process."""
+        return self.axis.rank * self._shard(0).piece if self.divided else 0
+
+    def logits(self, raw: Tensor) -> Tensor:
+        """What the head says, in float32; -inf at padding."""
+        logits = raw.float()
+        if self.divided and self.first + logits.shape[-1] > self.size:
+            logits[..., max(self.size - self.first, 0) :].fill_(float("-inf"))
+        return logits
+
+    def without(self, logits: Tensor, token: int) -> Tensor:
+        """The logits with a token's set to -inf."""
+        column = torch.arange(logits.shape[-1], device=logits.device) == token - self.first
+        return logits.masked_fill(column, float("-inf"))
+
+    def without_(self, logits: Tensor, token: int) -> Tensor:
+        """The same in place."""
+        if 0 <= token - self.first < logits.shape[-1]:
+            logits.select(-1, token - self.first).fill_(float("-inf"))
+        return logits
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor, *, without: int | None = None) -> Tensor:
+        """-log p(target) in nats, [...] from logits [..., V'] and targets int64 [...]; where a token is to be left out,
+        it has no probability."""
+        if without is not None:
+            logits = self.without(logits, without)
+        if not self.divided:
+            nats = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
+        else:  # Megatron overwrites the logits with what it needs in the backward pass
+            logits = logits if without is not None else logits.clone()
+            nats = megatron().vocab_parallel_cross_entropy(logits.flatten(0, -2), targets.flatten())
+        return nats.view_as(targets)
+
+    def log_softmax(self, logits: Tensor) -> Tensor:
+        """Log-probabilities [..., V']."""
+        if not self.divided:
+            return F.log_softmax(logits, -1)
+        shifted, _, total = self._exponentials(logits)
+        return shifted - total.log()
+
+    def softmax(self, logits: Tensor) -> Tensor:
+        """Probabilities [..., V']."""
+        if not self.divided:
+            return logits.softmax(-1)
+        _, exponentials, total = self._exponentials(logits)
+        return exponentials / total
+
+    def take(self, values: Tensor, tokens: Tensor) -> Tensor:
+        """Of values [..., V'] those at tokens int64 [..., K], [..., K] on every process."""
+        if not self.divided:
+            return values.gather(-1, tokens)
+        column = tokens - self.first
+        elsewhere = (column < 0) | (column >= values.shape[-1])
+        return self.sum(values.gather(-1, column.masked_fill(elsewhere, 0)).masked_fill(elsewhere, 0))
+
+    def sum(self, partial: Tensor) -> Tensor:
+        """The sum over the processes of what each has summed over its tokens."""
+        if not self.divided:
+            return partial
+        return summed(partial.clone(), self.axis)
+
+    def columns(self, weights: Tensor) -> Tensor:
+        """This process's [..., V'] of weights [..., V] that every process has."""
+        return self._shard(weights.ndim - 1).cut(weights) if self.divided else weights
+
+    def rows(self, table: Tensor) -> Tensor:
+        """This process's [V', D] of a table [V, D] that every process has; the table's gradient is whole."""
+        return self._shard(0).cut(shared(table, self.axis)) if self.divided else table
+
+    def shared(self, x: Tensor) -> Tensor:
+        """x, the same on every process, to be multiplied with `rows`; its gradient is whole."""
+        return shared(x, self.axis) if self.divided else x
+
+    def gather(self, logits: Tensor) -> Tensor:
+        """The logits of all tokens [..., V] on every process."""
+        if not self.divided:
+            return logits
+        return megatron().gather_from_tensor_model_parallel_region(logits, group=self.axis.group)[..., : self.size]
+
+    def _exponentials(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The logits less the largest of all processes', their exponentials, and the sum of these over all tokens."""
+        largest = logits.detach().amax(-1, keepdim=True)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.axis.group)
+        shifted = logits - largest
+        exponentials = shifted.exp()
+        return shifted, exponentials, self.shared(self.sum(exponentials.sum(-1, keepdim=True)))
+
+    def _shard(self, dim: int) -> Shard:
+        return Shard(dim, 1, self.axis.rank, self.axis.size, self.size)

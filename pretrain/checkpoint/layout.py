@@ -1,0 +1,41 @@
+"""The layout of a checkpoint is none: it holds whole tensors, whatever the layout of the run that saved it.
+
+A run whose weights are divided gathers them to save and cuts them when it loads (parallel/layers.Shard). Tensors go by
+the name of their parameter, those of the optimizer by `<parameter name>/<state name>`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from braid.parallel.layers import Shard, gather_whole
+from braid.parallel.mesh import Axis
+
+
+def shards_of(module: nn.Module) -> dict[str, Shard]:
+    """Name -> which part this process holds, of every parameter that is divided."""
+    named = ((name, getattr(parameter, "shard", None)) for name, parameter in module.named_parameters())
+    return {name: shard for name, shard in named if shard is not None}
+
+
+def gather_tensors(tensors: dict[str, Tensor], shards: dict[str, Shard], axis: Axis) -> dict[str, Tensor]:
+    """Every tensor whole, on every process of the tensor axis; the gathered ones on the CPU. Collective."""
+    whole = {}
+    for key, tensor in tensors.items():
+        shard = _shard(key, tensor, shards)
+        whole[key] = tensor if shard is None else gather_whole(tensor, shard, axis).cpu()
+    return whole
+
+
+def cut_tensors(tensors: dict[str, Tensor], shards: dict[str, Shard]) -> dict[str, Tensor]:
+    """This process's part of whole tensors."""
+    cut = {}
+    for key, tensor in tensors.items():
+        shard = _shard(key, tensor, shards)
+        cut[key] = tensor if shard is None else shard.cut(tensor)
+    return cut
+
+
+def _shard(key: str, tensor: Tensor, shards: dict[str, Shard]) -> Shard | None:
+    """How the tensor is divided; an optimizer's step counters are not."""
+    return shards.get(key.partition("/")[0]) if tensor.ndim else None

@@ -1,0 +1,110 @@
+"""Training, saving and going on with the weights divided among ranks: a layout like any other.
+
+Against the same run of one process: samples and noise to the bit, losses and gradients to float32's rounding.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import Trainers, last_checkpoint, recorded, steps_of
+
+from braid.pretrain.config.load import recipes
+from braid.pretrain.telemetry.metrics_log import read_metrics
+
+FIVE_STEPS = {
+    "training__steps": 5,
+    "training__log_every": 1,
+    "training__validation_sequences": 7,
+    "training__sample_every": 5,
+    "training__num_samples": 2,
+    "sampling__steps": 4,
+    "model__num_layers": 2,
+    "training__micro_batch_size": 4,
+    "recorded": True,
+}
+LAYOUTS = {
+    "tensor 2": (2, {"parallel__tensor": 2}),
+    "tensor 2 with sequence": (2, {"parallel__tensor": 2, "parallel__sequence": True}),
+    "tensor 2 with sequence, data 2": (4, {"parallel__tensor": 2, "parallel__sequence": True}),
+}
+SYSTEMS = [name for name in recipes() if name.startswith("tiny_") and name != "tiny_t5"]
+QUICK = [(recipe, "tensor 2 with sequence") for recipe in SYSTEMS] + [("tiny_ccdd", name) for name in LAYOUTS]
+ALL = [(recipe, name) for recipe in SYSTEMS for name in LAYOUTS]
+
+
+def train(trainers: Trainers, recipe: str, run: str, ranks: int, **fields: object) -> Path:
+    """The run's folder; the gradients of each step lie in `<run>.gradients`."""
+    gradients = trainers.folder / f"{run}.gradients"
+    gradients.mkdir(exist_ok=True)
+    trainers.train(recipe, run, ranks=ranks, env={"GRADIENTS": str(gradients)}, **{**FIVE_STEPS, **fields})
+    return trainers.folder / run
+
+
+def samples(run_dir: Path) -> dict[int, dict[str, str]]:
+    """Of each step: ordinal -> hash of tokens, times, masks and noise, the same on all ranks that have the sample."""
+    steps: dict[int, dict[str, str]] = {}
+    for line in recorded(run_dir):
+        for ordinal, digest in line["samples"].items():
+            assert steps.setdefault(line["step"], {}).setdefault(ordinal, digest) == digest
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("recipe", "layout"),
+    [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in ALL],
+)
+def test_divided_weights_train_as_whole_ones(trainers: Trainers, recipe: str, layout: str) -> None:
+    ranks, fields = LAYOUTS[layout]
+    whole = train(trainers, recipe, "whole", 1)
+    divided = train(trainers, recipe, "divided", ranks, **fields)
+    assert samples(divided) == samples(whole)
+    lines, others = (read_metrics(run_dir / "metrics.jsonl") for run_dir in (divided, whole))
+    for line, other in zip(lines, others, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert line["terms"] == pytest.approx(other["terms"], rel=1e-4, abs=1e-5)
+        if line["split"] == "train":
+            assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
+    found, wanted = (torch.load(f"{run_dir}.gradients/1.pt") for run_dir in (divided, whole))
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        bound = 1e-4 * gradient.abs().max().item() + 1e-8
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=bound, msg=name)
+    written, expected = ((run_dir / "samples" / "step-00000005.jsonl").read_text() for run_dir in (divided, whole))
+    assert written.count("\n") == expected.count("\n") == 2
+
+
+@pytest.mark.parametrize("recipe", ["tiny_ccdd", "tiny_elf", "tiny_di_ladd"])
+def test_a_run_goes_on_under_another_layout(trainers: Trainers, recipe: str) -> None:
+    """Tensor 2 -> one process -> tensor 2 with sequence and data 2. What is loaded is what was saved, to the bit; then
+    the run is the one that was never interrupted."""
+    train(trainers, recipe, "whole", 1, training__steps=15)
+    train(trainers, recipe, "moved", 2, parallel__tensor=2)
+    saved = last_checkpoint(trainers.folder / "moved")
+    # No step is left to do: what was loaded is evaluated, and nothing is saved again.
+    for ranks, fields in ((1, {}), LAYOUTS["tensor 2 with sequence"]):
+        train(trainers, recipe, "moved", ranks, **fields)
+        again = last_checkpoint(trainers.folder / "moved")
+        assert again.step == saved.step == 5
+    train(trainers, recipe, "moved", 1, training__steps=10)
+    train(trainers, recipe, "moved", 4, training__steps=15, parallel__tensor=2, parallel__sequence=True)
+    whole, moved = trainers.folder / "whole", trainers.folder / "moved"
+    assert steps_of(moved) == steps_of(whole)
+    assert samples(moved) == samples(whole)
+    for line, other in zip(*(read_metrics(run_dir / "metrics.jsonl") for run_dir in (moved, whole)), strict=False):
+        if line["split"] == other["split"] == "train":
+            assert line["loss"] == pytest.approx(other["loss"], rel=1e-3)
+    found, wanted = (last_checkpoint(run_dir).groups for run_dir in (moved, whole))
+    assert found.keys() == wanted.keys()
+    for group, tensors in wanted.items():
+        assert {name: tensor.shape for name, tensor in found[group].items()} == {
+            name: tensor.shape for name, tensor in tensors.items()
+        }
+
+
+def test_a_plan_that_is_not_built_is_refused(trainers: Trainers) -> None:
+    process = trainers.start("tiny_mdlm", "refused", parallel__engine="megatron")
+    assert process.wait() == 2
+    assert "parallel.engine = 'megatron'" in process.err and "Traceback" not in process.err
