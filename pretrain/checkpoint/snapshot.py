@@ -15,6 +15,7 @@ from torch import Tensor
 from braid.data_pipeline.tokenizers import Tokenizer, load_tokenizer
 from braid.kernels.errors import CheckpointError
 from braid.kernels.random import CONTRACT_VERSION
+from braid.parallel.engine import Engine
 from braid.parallel.layers import whole_shape
 from braid.parallel.mesh import Axis
 from braid.pretrain.config.load import dump_config, load_config
@@ -23,7 +24,6 @@ from braid.pretrain.model.encoders import TableEncoder
 from braid.pretrain.objectives.base import Objective
 from braid.pretrain.objectives.build import build_objective, saved_encoder
 from braid.pretrain.training.ema import EMA
-from braid.pretrain.training.optimizer import load_optimizer_tensors, optimizer_tensors
 
 from .layout import cut_tensors, gather_tensors, shards_of
 from .store import CheckpointStore
@@ -64,13 +64,16 @@ def checkpoint_files(config: Config, tokenizer: Tokenizer) -> dict[str, bytes]:
 
 
 def tensors_to_save(
-    objective: Objective, optimizer: torch.optim.Optimizer, ema: EMA | None, tensor: Axis
+    objective: Objective, engine: Engine, ema: EMA | None, tensor: Axis
 ) -> dict[str, dict[str, Tensor]]:
     """All tensors of a checkpoint by group, whole whatever the layout. Collective over the axis `tensor`, whose ranks
     get the same."""
-    groups = {"weights": dict(objective.state_dict()), "optimizer": optimizer_tensors(optimizer, objective)}
+    groups = {
+        "weights": dict(engine.named(engine.held)) | engine.untrained(),
+        "optimizer": dict(engine.optimizer_state()),
+    }
     if ema:
-        groups["ema"] = dict(ema.tensors)
+        groups["ema"] = dict(engine.named(ema.averages))
     shards = shards_of(objective)
     groups = {name: gather_tensors(tensors, shards, tensor) for name, tensors in groups.items()}
     encoder = getattr(objective, "encoder", None)
@@ -106,7 +109,7 @@ def restore(
     snapshot: Snapshot,
     config: Config,
     objective: Objective,
-    optimizer: torch.optim.Optimizer,
+    engine: Engine,
     ema: EMA | None,
     tokenizer: Tokenizer,
 ) -> list[str]:
@@ -142,10 +145,15 @@ def restore(
             change="use the configuration it was saved with (config.yaml in the run directory), or another run.dir",
         )
     shards = shards_of(objective)
-    objective.load_state_dict(cut_tensors(snapshot.groups["weights"], shards))
-    load_optimizer_tensors(optimizer, objective, cut_tensors(snapshot.groups["optimizer"], shards))
+    weights = cut_tensors(snapshot.groups["weights"], shards)
+    for name, tensor in engine.untrained().items():
+        tensor.copy_(weights[name])
+    engine.fill(engine.held, weights.__getitem__)
+    engine.publish()
+    state = cut_tensors(snapshot.groups["optimizer"], shards)
+    engine.load_optimizer_state(state.keys(), state.__getitem__)
     if ema and "ema" in snapshot.groups:
-        ema.load(cut_tensors(snapshot.groups["ema"], shards))
+        engine.fill(ema.averages, cut_tensors(snapshot.groups["ema"], shards).__getitem__)
     elif ema:
         raise CheckpointError(
             "the checkpoint has no averaged weights",

@@ -179,6 +179,10 @@ class Objective(nn.Module):
     def corrupt(self, batch: Batch, noise: Noise) -> Corrupted:
         raise NotImplementedError
 
+    def num_scored(self, batch: Batch, noise: Noise) -> Tensor:
+        """The `count` that the loss of this micro-batch will have, int64 scalar."""
+        return batch.loss_mask.sum()
+
     def predict(self, corrupted: Corrupted) -> Any:
         """One call of the network where the objective says nothing else."""
         dropout = corrupted.dropout if self.training else None

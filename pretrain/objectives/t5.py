@@ -105,6 +105,9 @@ class T5(Objective):
             loss_mask=part_of(batch.loss_mask, left_out, starts, batch.loss_mask.gather(1, starts), num_targets),
         )
 
+    def num_scored(self, batch: Batch, noise: Noise) -> Tensor:
+        return self.corrupt(batch, noise).loss_mask.sum()
+
     def predict(self, corrupted: SpanCorrupted) -> Tensor:
         """Logits [B, T, V]."""
         return self.network(corrupted.inputs, corrupted.targets)

@@ -1,47 +1,43 @@
-"""Exponential moving average of the weights, in float32, by parameter name."""
+"""Exponential moving average of the weights that are trained, in float32, divided among processes as the engine's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from braid.parallel.engine import Engine
 
 
 class EMA:
     """average <- d average + (1 - d) weight, with d = min(decay, (1 + step) / (10 + step)) so that short runs are not
     averages of their initialisation."""
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.tensors = {name: p.detach().float().clone() for name, p in module.named_parameters()}
+    def __init__(self, engine: Engine, decay: float) -> None:
+        self.engine, self.decay = engine, decay
+        self.averages = [weight.detach().float().clone() for weight in engine.held]
 
     @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
+    def update(self, step: int) -> None:
         """After optimizer step number `step` (from 1)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        averages = list(self.tensors.values())
-        weights = [p.detach().float() for _, p in module.named_parameters()]
-        torch._foreach_lerp_(averages, weights, 1 - decay)
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        assert tensors.keys() == self.tensors.keys()
-        for name, value in tensors.items():
-            self.tensors[name].copy_(value)
+        weights = [weight.detach().float() for weight in self.engine.held]
+        torch._foreach_lerp_(self.averages, weights, 1 - decay)
 
     @contextmanager
-    def applied(self, module: nn.Module) -> Iterator[None]:
-        """Run the block with the averaged weights in `module`; the trained ones are back afterwards, bit for bit."""
-        trained = {name: p.detach().clone() for name, p in module.named_parameters()}
+    def applied(self) -> Iterator[None]:
+        """Run the block with the averaged weights in the model; the trained ones are back afterwards, bit for bit."""
+        trained = [weight.detach().clone() for weight in self.engine.held]
         try:
-            _copy(module, self.tensors)
+            self._hold(self.averages)
             yield
         finally:
-            _copy(module, trained)
+            self._hold(trained)
 
-
-@torch.no_grad()
-def _copy(module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    for name, parameter in module.named_parameters():
-        parameter.copy_(tensors[name])
+    @torch.no_grad()
+    def _hold(self, values: Sequence[Tensor]) -> None:
+        for weight, value in zip(self.engine.held, values, strict=True):
+            weight.copy_(value)
+        self.engine.publish()

@@ -8,7 +8,6 @@ samples consumed.
 from __future__ import annotations
 
 import json
-import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +21,8 @@ from braid.data_pipeline.order import ShuffledOrder
 from braid.data_pipeline.packing import Rows
 from braid.kernels.errors import CheckpointError, Preempted, TrainingFailed
 from braid.kernels.random import fold_key
-from braid.parallel.data_parallel import reduce_gradients
-from braid.parallel.layers import sum_partial_gradients, whole_shape
+from braid.parallel.engine import NotFinite
+from braid.parallel.layers import whole_shape
 from braid.parallel.mesh import Mesh
 from braid.pretrain.checkpoint.files import write_atomically
 from braid.pretrain.checkpoint.snapshot import Snapshot, checkpoint_files, restore, take, tensors_to_save
@@ -45,9 +44,11 @@ from braid.pretrain.telemetry.progress import ProgressMeter, format_line
 from braid.pretrain.telemetry.wandb_sink import WandbSink
 
 from .ema import EMA
-from .optimizer import build_optimizer, clip_gradients, gradient_norm, learning_rate_factor, set_learning_rate
+from .engines import build_engine
+from .optimizer import learning_rate_factor, set_learning_rate
 from .precision import autocast
 from .signals import StopRequest
+from .step import StepSums
 
 MAX_FAILED_SAVES = 3
 
@@ -61,6 +62,15 @@ class Interval:
     count: int = 0
     bucket_sums: list[float] = field(default_factory=lambda: [0.0] * NUM_TIME_BUCKETS)
     bucket_counts: list[float] = field(default_factory=lambda: [0.0] * NUM_TIME_BUCKETS)
+
+    def add(self, sums: StepSums) -> None:
+        """Take in a step."""
+        self.count += sums.count
+        self.total += sums.total
+        self.bucket_sums = [a + b for a, b in zip(self.bucket_sums, sums.bucket_sums, strict=True)]
+        self.bucket_counts = [a + b for a, b in zip(self.bucket_counts, sums.bucket_counts, strict=True)]
+        for name, value in sums.term_sums.items():
+            self.terms[name] = self.terms.get(name, 0.0) + value
 
 
 class Trainer:
@@ -96,9 +106,8 @@ class Trainer:
         encoder = training_encoder(config, corpus, world)
         sharded = {"tensor": mesh.tensor, "sequence": config.parallel.sequence}
         self.objective = build_objective(config, self.tokenizer, encoder, self.device, **sharded)
-        self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(self.objective, config.optimizer, mesh.tensor)
-        self.ema = EMA(self.objective, training.ema_decay) if training.ema_decay else None
+        self.engine = build_engine(config, self.objective, mesh)
+        self.ema = EMA(self.engine, training.ema_decay) if training.ema_decay else None
         self.noise_key = fold_key(config.run.seed, "train")
         with autocast(config.run.precision, self.device):
             check_direction(self.objective.network)
@@ -173,70 +182,42 @@ class Trainer:
         """One optimizer step on this rank's micro-batches. Returns (gradient norm, learning rate)."""
         config = self.config.training
         first_ordinal = self.loader.consumed - config.global_batch_size
-        # Gradients are of (global sum / nominal count); the true global count is known after the reduction and equals
-        # the nominal one unless there is padding.
-        nominal = config.global_batch_size * self.config.data.sequence_length
-        sums = torch.zeros(2 * NUM_TIME_BUCKETS + 2, dtype=torch.float64, device=self.device)
-        terms: dict[str, torch.Tensor] = {}
-        statistics: dict[str, torch.Tensor] = {}
-        for batch in micro_batches:
-            noise = Noise.training(self.noise_key, first_ordinal, config.global_batch_size, batch.ordinals)
-            batch, noise = batch.to(self.device), noise.to(self.device)
+        noises = [
+            Noise.training(self.noise_key, first_ordinal, config.global_batch_size, batch.ordinals)
+            for batch in micro_batches
+        ]
+        pieces = [
+            (batch.to(self.device), noise.to(self.device)) for batch, noise in zip(micro_batches, noises, strict=True)
+        ]
+        # The one denominator, known before the first backward pass: the tokens that count in the global batch.
+        peers = self.mesh.reduction
+        count = peers.all_reduce_sum(sum(self.objective.num_scored(*piece) for piece in pieces))
+        sums = StepSums(self.device)
+        for batch, noise in pieces:
             corrupted = self.objective.corrupt(batch, noise)
             with autocast(self.config.run.precision, self.device):
                 prediction = self.objective.predict(corrupted)
             loss = self.objective.loss(prediction, corrupted)
-            (loss.total / nominal).backward()
-            sums[0] += loss.count
-            sums[1] += loss.total.detach()
-            if loss.bucket_sums is not None:
-                sums[2 : NUM_TIME_BUCKETS + 2] += loss.bucket_sums
-                sums[NUM_TIME_BUCKETS + 2 :] += loss.bucket_counts
-            for name, value in loss.terms.items():
-                terms[name] = terms.get(name, 0.0) + value.double()
-            for name, value in loss.statistics.items():
-                statistics[name] = statistics.get(name, 0.0) + value
-        # Ranks of the tensor axis have the same rows and the same loss: sums are over those with rows of their own.
-        peers = self.mesh.reduction
-        totals = peers.all_reduce_sum(torch.cat([sums, torch.stack(list(terms.values()))]))
-        statistics = {name: peers.all_reduce_sum(value) for name, value in statistics.items()}
-        sum_partial_gradients(self.parameters, self.mesh.tensor)
-        reduce_gradients(self.parameters, peers)
-        count, total, *rest = totals.tolist()
-        if count != nominal:
-            gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-            torch._foreach_mul_(gradients, nominal / count)
+            self.engine.backward(loss.total / count)
+            sums.add(loss)
+        sums.reduce(peers)
 
-        norm = gradient_norm(self.parameters, self.mesh.tensor)
-        if not math.isfinite(norm.item()):
+        factor = learning_rate_factor(self.config.optimizer, self.step, config.steps)
+        set_learning_rate(self.engine.optimizer, factor)
+        try:
+            norm = self.engine.step(self.config.optimizer.clip_norm)
+        except NotFinite:
             raise TrainingFailed(
                 f"the gradient is not finite at step {self.step + 1}; the weights were left as they were",
-                found=", ".join(
-                    f"{name} {value:g}" for name, value in zip(terms, rest[2 * NUM_TIME_BUCKETS :], strict=True)
-                ),
+                found=", ".join(f"{name} {value:g}" for name, value in sums.term_sums.items()),
                 change="lower optimizer.lr, lengthen optimizer.warmup_steps or lower optimizer.clip_norm, then resume",
-            )
-        clip_gradients(self.parameters, norm, self.config.optimizer.clip_norm)
-        factor = learning_rate_factor(self.config.optimizer, self.step, config.steps)
-        set_learning_rate(self.optimizer, factor)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            ) from None
         with torch.no_grad():
-            self.objective.update_state(statistics)
+            self.objective.update_state(sums.statistics)
         if self.ema:
-            self.ema.update(self.objective, self.step + 1)
-        self._accumulate(int(count), total, rest, list(terms))
+            self.ema.update(self.step + 1)
+        self.interval.add(sums)
         return norm.item(), factor * self.config.optimizer.lr
-
-    def _accumulate(self, count: int, total: float, sums: list[float], names: list[str]) -> None:
-        interval = self.interval
-        interval.count += count
-        interval.total += total
-        for index in range(NUM_TIME_BUCKETS):
-            interval.bucket_sums[index] += sums[index]
-            interval.bucket_counts[index] += sums[NUM_TIME_BUCKETS + index]
-        for name, value in zip(names, sums[2 * NUM_TIME_BUCKETS :], strict=True):
-            interval.terms[name] = interval.terms.get(name, 0.0) + value
 
     # -- records -----------------------------------------------------------------------------------------------
 
@@ -319,7 +300,7 @@ class Trainer:
         self.world.barrier()
 
     def _averaged(self):
-        return self.ema.applied(self.objective) if self.ema else torch.no_grad()
+        return self.ema.applied() if self.ema else torch.no_grad()
 
     def _write_descriptions(self) -> None:
         """environment.json and schedule.json, which the report shows beside the metrics."""
@@ -351,7 +332,7 @@ class Trainer:
     def _save(self, *, last: bool) -> None:
         """Commit a checkpoint. A failed save is reported and training goes on, unless nothing later could save."""
         problem = None
-        groups = tensors_to_save(self.objective, self.optimizer, self.ema, self.mesh.tensor)
+        groups = tensors_to_save(self.objective, self.engine, self.ema, self.mesh.tensor)
         if self.world.rank == 0:
             state = {
                 "interval": vars(self.interval),
@@ -401,7 +382,7 @@ class Trainer:
             return {}
         self.step, path = found
         snapshot = Snapshot.load(self.store, path)
-        changes = restore(snapshot, self.config, self.objective, self.optimizer, self.ema, self.tokenizer)
+        changes = restore(snapshot, self.config, self.objective, self.engine, self.ema, self.tokenizer)
         self.loader.load_state_dict(snapshot.state["loader"])
         self.interval = Interval(**snapshot.state["interval"])
         self.say(f"resumed from step {self.step} ({path})")

@@ -1,11 +1,11 @@
-"""AdamW or Muon with parameter groups, the learning-rate schedule, clipping, and the state by parameter name."""
+"""AdamW or Muon with parameter groups, and the learning-rate schedule."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from braid.parallel.layers import RowEmbedding
 from braid.parallel.mesh import Axis
@@ -85,39 +85,3 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Every group's learning rate: this factor of the group's own peak."""
     for group in optimizer.param_groups:
         group["lr"] = factor * group["peak_lr"]
-
-
-def gradient_norm(parameters: list[nn.Parameter], tensor: Axis | None = None) -> Tensor:
-    """Global L2 norm over every gradient, float32 scalar; the same on all ranks of the axis `tensor`, whose parts of
-    divided gradients are added up. What every rank has whole counts once."""
-    given = [p for p in parameters if p.grad is not None]
-    divided = [p.grad for p in given if hasattr(p, "shard")]
-    whole = torch.nn.utils.get_total_norm([p.grad for p in given if not hasattr(p, "shard")])
-    if not divided:
-        return whole
-    return torch.sqrt(whole.square() + tensor.all_reduce_sum(torch.nn.utils.get_total_norm(divided).square()))
-
-
-def clip_gradients(parameters: list[nn.Parameter], norm: Tensor, clip_norm: float) -> None:
-    """Scale gradients so that their global norm is at most `clip_norm` (0: leave them)."""
-    if clip_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state keyed by `<parameter name>/<state name>`, whatever the grouping."""
-    return {
-        f"{name}/{key}": value
-        for name, parameter in module.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Inverse of `optimizer_tensors`; the step counters stay on the CPU, where both optimizers keep them."""
-    optimizer.state.clear()
-    parameters = dict(module.named_parameters())
-    for key, value in tensors.items():
-        name, state = key.rsplit("/", 1)
-        parameter = parameters[name]
-        optimizer.state[parameter][state] = value.clone() if state == "step" else value.to(parameter.device, copy=True)

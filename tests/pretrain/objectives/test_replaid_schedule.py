@@ -5,9 +5,10 @@ import torch
 
 from braid.data_pipeline.loader import Batch
 from braid.kernels.random import fold_key
+from braid.parallel.engine import clip_gradients, gradient_norm
 from braid.pretrain.config.schema import ModelConfig, OptimizerConfig
 from braid.pretrain.objectives.base import Noise
-from braid.pretrain.training.optimizer import build_optimizer, clip_gradients, gradient_norm
+from braid.pretrain.training.optimizer import build_optimizer
 
 from .conftest import MASK
 from .replaid_reference import build_replaid

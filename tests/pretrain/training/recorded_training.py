@@ -1,8 +1,9 @@
 """`python -m braid.pretrain WORDS`, keeping a record: `python recorded_training.py FILE WORDS`.
 
 FILE-rank-R gets a line of JSON for every micro-batch of training: `step`, `rank`, its `samples` (ordinal: a hash of
-everything that corruption made of it), and the `sum` and `count` of its loss. Environment: PADDED=1 cuts every
-sample to a length of its own, GRADIENTS=FOLDER keeps the reduced gradients of each step as FOLDER/STEP.pt.
+the sample's tokens and of all that was drawn to corrupt it), and the `sum` and `count` of its loss. Environment:
+PADDED=1 cuts every sample to a length of its own, GRADIENTS=FOLDER keeps the reduced gradients of each step as
+FOLDER/STEP.pt.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from pathlib import Path
 import torch
 
 from braid.data_pipeline.loader import Batch
+from braid.parallel import engine
 from braid.pretrain.checkpoint.layout import gather_tensors, shards_of
 from braid.pretrain.command import run
 from braid.pretrain.exits import run_and_report
-from braid.pretrain.objectives.base import Corrupted
+from braid.pretrain.objectives.base import Noise
 from braid.pretrain.training import loop
 from braid.pretrain.training import run as run_module
 
@@ -34,11 +36,13 @@ class RecordedTrainer(loop.Trainer):
         self.record = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self.plain_corrupt, self.objective.corrupt = self.objective.corrupt, self.corrupt
         self.plain_loss, self.objective.loss = self.objective.loss, self.loss
-        self.plain_norm, loop.gradient_norm = loop.gradient_norm, self.gradient_norm
+        self.plain_norm, engine.gradient_norm = engine.gradient_norm, self.gradient_norm
 
     def corrupt(self, batch, noise):
+        noise = RecordedNoise(**vars(noise))
         corrupted = self.plain_corrupt(batch, noise)
-        samples = zip(batch.ordinals.tolist(), hashes(corrupted), strict=True)
+        drawn = [batch.tokens, batch.loss_mask, noise.index, noise.shift, *noise.drawn]
+        samples = zip(batch.ordinals.tolist(), hashes(drawn), strict=True)
         self.line = {"step": self.step + 1, "rank": self.world.rank, "samples": dict(samples)}
         return corrupted
 
@@ -69,13 +73,36 @@ def pad(batch: Batch) -> Batch:
     return dataclasses.replace(batch, loss_mask=torch.arange(length) < kept[:, None])
 
 
-def hashes(corrupted: Corrupted) -> list[str]:
-    """One for each sample, over every tensor that has samples."""
-    size = len(corrupted.targets)
-    tensors = [v.detach() for v in vars(corrupted).values() if isinstance(v, torch.Tensor) and v.shape[:1] == (size,)]
+class RecordedNoise(Noise):
+    """Noise that keeps what was drawn of it. What corruption makes of the draws may depend on weights (embeddings, a
+    codebook), which differ between layouts in their last bits."""
+
+    def __init__(self, **fields: object) -> None:
+        super().__init__(**fields)
+        object.__setattr__(self, "drawn", [])
+
+    def _kept(self, values: torch.Tensor) -> torch.Tensor:
+        self.drawn.append(values)
+        return values
+
+    def uniforms(self, *arguments, **options):
+        return self._kept(super().uniforms(*arguments, **options))
+
+    def normals(self, *arguments, **options):
+        return self._kept(super().normals(*arguments, **options))
+
+    def integers(self, *arguments):
+        return self._kept(super().integers(*arguments))
+
+    def coins(self, which):
+        return self._kept(super().coins(which))
+
+
+def hashes(drawn: list[torch.Tensor]) -> list[str]:
+    """One for each sample, over tensors that all have one row for each."""
     return [
-        hashlib.sha256(b"".join(tensor[i].contiguous().numpy().tobytes() for tensor in tensors)).hexdigest()[:16]
-        for i in range(len(corrupted.targets))
+        hashlib.sha256(b"".join(tensor[i].contiguous().numpy().tobytes() for tensor in drawn)).hexdigest()[:16]
+        for i in range(len(drawn[0]))
     ]
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from braid.parallel.engine import PlainEngine
+from braid.parallel.mesh import Mesh
 from braid.pretrain.training.muon import COEFFICIENTS, NUM_ITERATIONS, Muon, orthogonalised
-from braid.pretrain.training.optimizer import load_optimizer_tensors, optimizer_tensors
 
 SHAPES = [(5, 5), (24, 9), (9, 24), (1, 7), (7, 1), (64, 64)]
 
@@ -238,8 +239,8 @@ def test_twice_is_the_same_and_so_is_going_on_from_the_saved_state() -> None:
     resumed = Regression()
     resumed.load_state_dict(again.state_dict())
     optimizer = resumed.optimizer(0.02)
-    saved = {name: value.clone() for name, value in optimizer_tensors(first, again).items()}
-    load_optimizer_tensors(optimizer, resumed, saved)
+    saved = {name: value.clone() for name, value in PlainEngine(again, first, Mesh.single()).optimizer_state()}
+    PlainEngine(resumed, optimizer, Mesh.single()).load_optimizer_state(saved.keys(), saved.__getitem__)
     assert resumed.train_steps(optimizer, 8) == again.train_steps(first, 8)
     for (name, parameter), other in zip(again.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(parameter, other), name

@@ -10,16 +10,14 @@ import pytest
 import torch
 from torch import nn
 
+from braid.parallel.engine import PlainEngine, clip_gradients, gradient_norm
+from braid.parallel.mesh import Mesh
 from braid.pretrain.config.schema import ModelConfig, OptimizerConfig
 from braid.pretrain.model.joint import MDiT
 from braid.pretrain.training.muon import Muon
 from braid.pretrain.training.optimizer import (
     build_optimizer,
-    clip_gradients,
-    gradient_norm,
     learning_rate_factor,
-    load_optimizer_tensors,
-    optimizer_tensors,
     parameter_kinds,
     set_learning_rate,
 )
@@ -48,6 +46,14 @@ def fill_gradients(module: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(PlainEngine(module, optimizer, Mesh.single()).optimizer_state())
+
+
+def load_state(optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    PlainEngine(module, optimizer, Mesh.single()).load_optimizer_state(tensors.keys(), tensors.__getitem__)
 
 
 def rates(config: OptimizerConfig, num_steps: int) -> list[float]:
@@ -234,7 +240,7 @@ def test_the_state_by_name_continues_bit_for_bit(name: str) -> None:
     for step in range(3):
         fill_gradients(module, step)
         optimizer.step()
-    tensors = {name: value.clone() for name, value in optimizer_tensors(optimizer, module).items()}
+    tensors = {name: value.clone() for name, value in optimizer_state(optimizer, module).items()}
     names, kinds = dict(module.named_parameters()), parameter_kinds(module)
     states = {
         name: ("step", "momentum")
@@ -248,7 +254,7 @@ def test_the_state_by_name_continues_bit_for_bit(name: str) -> None:
     twin = learnt()  # grouped otherwise: the state is by name
     twin.load_state_dict(copy.deepcopy(module.state_dict()))
     fresh = build_optimizer(twin, config)
-    load_optimizer_tensors(fresh, twin, tensors)
+    load_state(fresh, twin, tensors)
     for group in (*optimizer.param_groups, *fresh.param_groups):
         group["lr"] = config.lr
         group["weight_decay"] = 0.0
@@ -260,7 +266,7 @@ def test_the_state_by_name_continues_bit_for_bit(name: str) -> None:
     assert all(torch.equal(tensors[name], value) for name, value in handed_over.items()), "it works on copies"
     for (name, parameter), other in zip(module.named_parameters(), twin.parameters(), strict=True):
         assert torch.equal(parameter, other), name
-    continued, found = optimizer_tensors(optimizer, module), optimizer_tensors(fresh, twin)
+    continued, found = optimizer_state(optimizer, module), optimizer_state(fresh, twin)
     assert continued.keys() == found.keys() and all(torch.equal(continued[name], found[name]) for name in found)
 
 
@@ -268,14 +274,14 @@ def test_the_state_by_name_continues_bit_for_bit(name: str) -> None:
 def test_before_the_first_step_there_is_no_state(name: str) -> None:
     module = learnt()
     optimizer = build_optimizer(module, replace(CONFIG, name=name))
-    assert optimizer_tensors(optimizer, module) == {}
+    assert optimizer_state(optimizer, module) == {}
     fill_gradients(module, 0)
     optimizer.step()
-    assert len(optimizer_tensors(optimizer, module)) >= 2 * len(list(module.parameters()))
-    load_optimizer_tensors(optimizer, module, {})
-    assert optimizer_tensors(optimizer, module) == {}, "what was there is gone"
+    assert len(optimizer_state(optimizer, module)) >= 2 * len(list(module.parameters()))
+    load_state(optimizer, module, {})
+    assert optimizer_state(optimizer, module) == {}, "what was there is gone"
     optimizer.step()
-    assert optimizer_tensors(optimizer, module)["network.token_head.linear.bias/step"] == 1
+    assert optimizer_state(optimizer, module)["network.token_head.linear.bias/step"] == 1
 
 
 # -- clipping -------------------------------------------------------------------------------------------------------

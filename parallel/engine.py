@@ -1,0 +1,164 @@
+"""Who holds gradients and optimizer state, and what the training loop asks of it.
+
+An engine takes the gradients of the micro-batches of a step, sums them over everybody who has a part of them, clips
+their global norm and updates the weights. It may divide gradients, optimizer state and weights among the ranks with
+the same part of the model (the mesh's `reduction` axis): what this process updates is the list `held` of float32
+tensors, and everything that is kept for each of them (moments, averages) has the same shapes in the same order.
+
+    PlainEngine        every process holds all of its parameters
+    DeepSpeedEngine    ZeRO stages 1 to 3, with offload
+    MegatronEngine     its DistributedDataParallel and DistributedOptimizer
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from braid.parallel.data_parallel import reduce_gradients
+from braid.parallel.layers import sum_partial_gradients
+from braid.parallel.mesh import Axis, Mesh
+
+
+class NotFinite(Exception):
+    """The gradient is not finite; nothing was updated."""
+
+
+class Engine(ABC):
+    """What every engine offers. All methods are collective over all ranks of the mesh."""
+
+    optimizer: torch.optim.Optimizer
+    """Keyed by the tensors of `held`; the loop sets the learning rates of its groups."""
+    held: list[Tensor]
+    """Float32 weights that this process updates; all ranks of the reduction axis together hold every weight that is
+    trained at least once."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """The gradient of one micro-batch: after the last of a step, the sum over micro-batches and over the reduction
+        axis is the gradient of the step."""
+
+    @abstractmethod
+    def step(self, clip_norm: float) -> Tensor:
+        """Make the gradient whole, scale it to a global norm of at most `clip_norm` (0: leave it), update the weights,
+        and forget it. Returns the norm before clipping, float32 scalar, the same on every rank.
+
+        Raises NotFinite, with the weights and the optimizer state as they were.
+        """
+
+    @abstractmethod
+    def publish(self) -> None:
+        """Make the module's weights those of `held`, after somebody wrote there."""
+
+    @abstractmethod
+    def named(self, like_held: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """For tensors like those of `held`: (name of the parameter, all values of this process's part of it on the
+        tensor and pipeline axes), the same on all ranks of the reduction axis. One after the other, so that a model
+        that does not fit on one process can be written. A weight that is not trained is not among them."""
+
+    @abstractmethod
+    def fill(self, like_held: Sequence[Tensor], part: Callable[[str], Tensor]) -> None:
+        """Inverse of `named`: fill tensors like those of `held` from `part(name)`."""
+
+    def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
+        """(`<parameter name>/<state name>`, value) of what the optimizer keeps, as `named` gives parts; step counters
+        are scalars."""
+        states = [self.optimizer.state[weight] for weight in self.held if weight in self.optimizer.state]
+        for key in states[0] if states else ():
+            values = [state[key] for state in states]
+            counts = values[0].ndim == 0  # the same for all
+            for name, value in self.named(self.held if counts else values):
+                yield f"{name}/{key}", values[0] if counts else value
+
+    def load_optimizer_state(self, keys: Iterable[str], part: Callable[[str], Tensor]) -> None:
+        """Inverse of `optimizer_state`: `part` of each of `keys`; the state that was there is gone."""
+        self.optimizer.state.clear()
+        for state, key in {key.rpartition("/")[2]: key for key in keys}.items():
+            if part(key).ndim == 0:
+                values = [part(key).clone() for _ in self.held]
+            else:
+                values = [torch.empty_like(weight) for weight in self.held]
+                self.fill(values, lambda name, state=state: part(f"{name}/{state}"))
+            for weight, value in zip(self.held, values, strict=True):
+                self.optimizer.state[weight][state] = value
+
+    @abstractmethod
+    def untrained(self) -> dict[str, Tensor]:
+        """The rest of the module's state dict: buffers, and parameters that are not trained. Whole over the reduction
+        axis; tensors that may be written to before `publish`."""
+
+
+class PlainEngine(Engine):
+    """Every process holds all of its parameters, and torch's optimizer updates them."""
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh) -> None:
+        self.optimizer, self.mesh = optimizer, mesh
+        self.module = module
+        trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+        self.names, self.held = list(trained), list(trained.values())
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self, clip_norm: float) -> Tensor:
+        sum_partial_gradients(self.held, self.mesh.tensor)
+        reduce_gradients(self.held, self.mesh.reduction)
+        norm = gradient_norm(self.held, self.mesh.tensor)
+        if not math.isfinite(norm.item()):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise NotFinite
+        clip_gradients(self.held, norm, clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def publish(self) -> None:
+        pass
+
+    def named(self, like_held: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        yield from zip(self.names, like_held, strict=True)
+
+    @torch.no_grad()
+    def fill(self, like_held: Sequence[Tensor], part: Callable[[str], Tensor]) -> None:
+        for name, tensor in self.named(like_held):
+            tensor.copy_(part(name))
+
+    def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
+        for name, weight in self.named(self.held):
+            for key, value in self.optimizer.state.get(weight, {}).items():
+                yield f"{name}/{key}", value
+
+    def load_optimizer_state(self, keys: Iterable[str], part: Callable[[str], Tensor]) -> None:
+        self.optimizer.state.clear()
+        weights = dict(self.named(self.held))
+        for key in keys:
+            name, _, state = key.rpartition("/")
+            weight, value = weights[name], part(key)
+            # Step counters stay on the CPU, where the optimizers keep them.
+            device = weight.device if value.ndim else value.device
+            self.optimizer.state[weight][state] = value.to(device, copy=True)
+
+    def untrained(self) -> dict[str, Tensor]:
+        trained = set(self.names)
+        return {name: tensor for name, tensor in self.module.state_dict().items() if name not in trained}
+
+
+def gradient_norm(parameters: list[nn.Parameter], tensor: Axis | None = None) -> Tensor:
+    """Global L2 norm over every gradient, float32 scalar; the same on all ranks of the axis `tensor`, whose parts of
+    divided gradients are added up. What every rank has whole counts once."""
+    given = [p for p in parameters if p.grad is not None]
+    divided = [p.grad for p in given if hasattr(p, "shard")]
+    whole = torch.nn.utils.get_total_norm([p.grad for p in given if not hasattr(p, "shard")])
+    if not divided:
+        return whole
+    return torch.sqrt(whole.square() + tensor.all_reduce_sum(torch.nn.utils.get_total_norm(divided).square()))
+
+
+def clip_gradients(parameters: list[nn.Parameter], norm: Tensor, clip_norm: float) -> None:
+    """Scale gradients so that their global norm is at most `clip_norm` (0: leave them)."""
+    if clip_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
