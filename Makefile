@@ -3,6 +3,7 @@
 #   make demo         train, evaluate and sample small models on this machine
 #   make test         the tests that need neither minutes nor a GPU
 #   make test-all     all tests; those for a GPU are skipped where there is none
+#   make parity       every system under every parallel layout beside one process; the table is in parity.md
 #   make gpu-check    the tests for a GPU, with their results in gpu-check.json
 #   make lint         ruff
 #   make clean        remove what these targets made; runs/ and data/ stay
@@ -26,7 +27,7 @@ ifdef PIP_EXTRA_INDEX_URL
 export PIP_EXTRA_INDEX_URL
 endif
 
-.PHONY: demo test test-all gpu-check lint clean
+.PHONY: demo test test-all parity gpu-check lint clean
 
 demo: $(VENV)/core
 	$(VENV)/bin/braid demo
@@ -37,6 +38,9 @@ test: $(VENV)/test
 test-all: $(VENV)/test
 	$(PYTEST) $(PYTEST_ARGS)
 
+parity: $(VENV)/test
+	$(PYTEST) tests/parity --parity parity.md $(PYTEST_ARGS)
+
 gpu-check: $(VENV)/test
 	$(VENV)/bin/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('gpu-check: torch sees no CUDA device')"
 	$(PYTEST) -m gpu --summary gpu-check.json $(PYTEST_ARGS)
@@ -46,7 +50,7 @@ lint: $(VENV)/test
 	$(VENV)/bin/ruff format --check .
 
 clean:
-	rm -rf $(VENV) build braid_lm.egg-info .ruff_cache .hypothesis gpu-check.json
+	rm -rf $(VENV) build braid_lm.egg-info .ruff_cache .hypothesis gpu-check.json parity.md
 	find pretrain parallel data_pipeline kernels launch tests -name __pycache__ -prune -exec rm -rf {} +
 
 # torch goes first and alone, so that nothing else chooses its version.

@@ -46,6 +46,7 @@ def run_braid(tmp_path):
 
 def pytest_addoption(parser):
     parser.addoption("--summary", metavar="FILE", help="write the outcome of every test to FILE as JSON")
+    parser.addoption("--parity", metavar="FILE", help="write the table of tests/parity to FILE as Markdown")
 
 
 def pytest_collection_modifyitems(items):

@@ -3,7 +3,8 @@
 FILE-rank-R gets a line of JSON for every micro-batch of training: `step`, `rank`, its `samples` (ordinal: a hash of
 the sample's tokens and of all that was drawn to corrupt it), and the `sum` and `count` of its loss. Environment:
 PADDED=1 cuts every sample to a length of its own, GRADIENTS=FOLDER keeps the reduced gradients of each step as
-FOLDER/STEP.pt.
+FOLDER/STEP.pt, DENSE=1 starts from weights none of which is zero (gates and heads that start at zero would hide what
+lies behind them), RESAVED=FOLDER saves a checkpoint there as soon as the run has resumed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import hashlib
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -20,8 +22,11 @@ import torch
 from braid.data_pipeline.loader import Batch
 from braid.parallel import engine
 from braid.pretrain.checkpoint.layout import gather_tensors, shards_of
+from braid.pretrain.checkpoint.store import CheckpointStore
 from braid.pretrain.command import run
 from braid.pretrain.exits import run_and_report
+from braid.pretrain.model import network
+from braid.pretrain.model.initialisation import initialise, starts_at_zero
 from braid.pretrain.objectives.base import Noise
 from braid.pretrain.training import loop
 from braid.pretrain.training import run as run_module
@@ -37,6 +42,14 @@ class RecordedTrainer(loop.Trainer):
         self.plain_corrupt, self.objective.corrupt = self.objective.corrupt, self.corrupt
         self.plain_loss, self.objective.loss = self.objective.loss, self.loss
         self.plain_norm, engine.gradient_norm = engine.gradient_norm, self.gradient_norm
+        if RESAVED and self.step:
+            self._save_in(CheckpointStore(RESAVED))
+
+    def _save_in(self, store: CheckpointStore) -> None:
+        own, self.store = self.store, store
+        with store if self.world.rank == 0 else nullcontext():
+            self._save(last=True)
+        self.store = own
 
     def corrupt(self, batch, noise):
         noise = RecordedNoise(**vars(noise))
@@ -106,8 +119,21 @@ def hashes(drawn: list[torch.Tensor]) -> list[str]:
     ]
 
 
+def dense_initialise(model, seed, rule):
+    """The house's initial values, and normal ones of deviation 0.1 where it has zeros."""
+
+    def dense(name, shape):
+        std = rule(name, shape)
+        return 0.1 if std == 0 or (std is None and starts_at_zero(name)) else std
+
+    initialise(model, seed, dense)
+
+
 if __name__ == "__main__":
     RECORD, PADDED = os.path.abspath(sys.argv[1]), os.environ.get("PADDED") == "1"
     GRADIENTS = Path(os.environ["GRADIENTS"]) if "GRADIENTS" in os.environ else None
+    RESAVED = Path(os.environ["RESAVED"]) if "RESAVED" in os.environ else None
+    if os.environ.get("DENSE") == "1":
+        network.initialise = dense_initialise
     run_module.Trainer = RecordedTrainer
     sys.exit(run_and_report(lambda: run(sys.argv[2:])))

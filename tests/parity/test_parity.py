@@ -1,0 +1,26 @@
+"""Every system under every layout equals one process: see layouts.py. `make parity` prints the table."""
+
+from __future__ import annotations
+
+import pytest
+from layouts import LAYOUTS, SYSTEMS, compare, train
+
+QUICK = {
+    *((system, "TP 2 x PP 2 x DP 2 + SP") for system in ("MDLM", "RePlaid")),
+    *(("CCDD MDiT", layout) for layout in LAYOUTS),
+}
+
+
+@pytest.mark.parametrize(
+    ("system", "layout"),
+    [
+        pytest.param(system, layout, marks=[] if (system, layout) in QUICK else pytest.mark.slow)
+        for system in SYSTEMS
+        for layout in LAYOUTS
+    ],
+)
+def test_a_layout_equals_one_process(reference, trainers, parity_table, system: str, layout: str) -> None:
+    run_dir = train(trainers, system, "run", LAYOUTS[layout])
+    difference = compare(run_dir, reference(system))
+    parity_table[system, layout] = difference
+    assert difference.within_limits, difference
