@@ -14,8 +14,8 @@ from torch import nn
 
 from braid.pretrain.model.blocks import Block
 from braid.pretrain.model.elf_network import NUM_PREFIX, ELFBlock, ELFNetwork, swiglu_width
-from braid.pretrain.model.joint import hidden_width
-from braid.pretrain.model.joint_attention import JointBlock
+from braid.pretrain.model.joint import JointNetwork, hidden_width
+from braid.pretrain.model.joint_attention import JointBlock, JointDenoiser
 from braid.pretrain.model.mixture_of_experts import TILES, MixtureBlock
 from braid.pretrain.model.network import Network
 from braid.pretrain.model.two_stream import PrivateBlocks, TwoStreamBlock
@@ -93,6 +93,21 @@ def block_costs(network: Network, *, sequences: int, length: int, half: bool) ->
     return [_block(block, sizes) for block in network.blocks]
 
 
+def head_bytes(network: Network, costs: list[Cost], *, sequences: int, length: int, half: bool) -> float:
+    """Bytes that the heads keep beside logits: the state after the last block, and of each head its norm and what its
+    linear layer takes."""
+    n, width, num_bytes = sequences * length, network.config.width, HALF if half else FLOAT
+    if isinstance(network, ELFNetwork):  # the norm of one head in float32, the hidden layer of the other
+        own_input = HALF if half else 0
+        return costs[-1].state + n * (width * (FLOAT + own_input) + 2 * network.latent_dim * num_bytes)
+    read = n
+    if isinstance(network, JointNetwork):
+        read += n
+    elif isinstance(network, JointDenoiser):
+        read += sequences * network.num_slots
+    return costs[-1].state + read * (width * (FLOAT + num_bytes) + 2 * FLOAT)
+
+
 def _block(block: nn.Module, sizes: Sizes) -> Cost:
     n = sizes.positions
     match block:
@@ -151,7 +166,8 @@ def _mixture(block: MixtureBlock, n: int, sizes: Sizes) -> Cost:
     attention = _entry(n, sizes) + _attention(n, sizes) + _exit(n, sizes)
     # The router reads float32; what the experts leave is weighed, and summed, in float32.
     entry = Cost(outside=n * (3 * FLOAT * width + 2 * FLOAT))
-    exit = Cost(outside=n * width * (FLOAT + sizes.dropout), reduced=n * width)
+    # Each answer is summed over the tensor axis by itself, before it is weighed.
+    exit = Cost(outside=n * width * (FLOAT + sizes.dropout), reduced=n * width * experts.per_token)
     if experts.per_token == experts.num:
         own_input = num_bytes if num_bytes != FLOAT else 0
         answers = Cost(inside=experts.num * n * width * num_bytes, outside=experts.num * n * width * own_input)

@@ -10,7 +10,7 @@ from braid.pretrain.model.elf_network import ELFNetwork
 from braid.pretrain.model.flops import TrainingFlops
 from braid.pretrain.model.network import Network
 
-from .activations import FLOAT, HALF, Cost, block_costs
+from .activations import FLOAT, HALF, Cost, block_costs, head_bytes
 from .facts import plan_facts
 from .hardware import EFFICIENCY, GIB, GPU
 from .memory import USABLE, Load, StageMemory, micro_batches_in_flight, stage_memory
@@ -166,7 +166,8 @@ def _loads(config: Config, network: Network, parameters: list[PlannedParameter],
     positions = sequences * length / plan.context
     # All networks but ELF's keep the hidden states of the head divided, too.
     spread = plan.tensor if plan.sequence and not isinstance(network, ELFNetwork) else 1
-    head = positions * network.config.width * (2 * FLOAT + (HALF if half else FLOAT)) / spread
+    head = head_bytes(network, costs, sequences=sequences, length=length, half=half) if costs else 0.0
+    head /= plan.context * spread
     last = plan.pipeline - 1
     loads = []
     for stage, pieces in enumerate(_dealt(config)):

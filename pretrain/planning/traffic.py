@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ LINK_EFFICIENCY = 0.8
 
 @dataclass(frozen=True)
 class Axis:
-    """The processes that share one thing: how many, how far apart in rank, how many of them in one node."""
+    """The processes that share one thing: how many, how far apart in rank, how many of them in one node at least."""
 
     name: str
     size: int
@@ -36,22 +37,24 @@ class Axis:
 
 
 def plan_axes(plan: ParallelConfig, num_processes: int, gpus_per_node: int) -> dict[str, Axis]:
-    """The axes by name, and `reduction`: data and context together, the ranks with the same weights. A group counts as
-    within a node where all groups of the axis are."""
+    """The axes by name, and `reduction`: data and context together, the ranks with the same weights. An axis counts as
+    its worst group does, the one with the fewest members in some node."""
     data = plan.data(num_processes)
     sizes = {"tensor": plan.tensor, "context": plan.context, "data": data, "pipeline": plan.pipeline}
     axes, stride = {}, 1
     for name, size in sizes.items():
-        axes[name] = _axis(name, size, stride, gpus_per_node)
+        axes[name] = Axis(name, size, stride, _fewest_in_a_node(size, stride, num_processes, gpus_per_node))
         stride *= size
-    axes["reduction"] = _axis("reduction", plan.context * data, plan.tensor, gpus_per_node)
+    size, stride = plan.context * data, plan.tensor
+    axes["reduction"] = Axis("reduction", size, stride, _fewest_in_a_node(size, stride, num_processes, gpus_per_node))
     return axes
 
 
-def _axis(name: str, size: int, stride: int, gpus_per_node: int) -> Axis:
-    if gpus_per_node % (size * stride) == 0:
-        return Axis(name, size, stride, size)
-    return Axis(name, size, stride, max(1, gpus_per_node // stride) if gpus_per_node % stride == 0 else 1)
+def _fewest_in_a_node(size: int, stride: int, num_processes: int, gpus_per_node: int) -> int:
+    """Fewest members that a group of the axis has in a node where it has any."""
+    firsts = (rank for rank in range(num_processes) if rank // stride % size == 0)
+    nodes = (Counter((first + stride * index) // gpus_per_node for index in range(size)) for first in firsts)
+    return min(min(members.values()) for members in nodes)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from braid.parallel.layers import ColumnLinear, Region, shard_layers
 from braid.parallel.mesh import Axis
 from braid.parallel.plan import ParallelConfig
-from braid.pretrain.planning.activations import Cost, block_costs
+from braid.pretrain.planning.activations import Cost, block_costs, head_bytes
 from braid.pretrain.planning.estimate import Machine, divided_cost, estimate
 from braid.pretrain.planning.hardware import find_gpu
 from braid.pretrain.planning.vocabulary import VocabularySize
@@ -33,6 +33,10 @@ NETWORKS = {
     "slots": ("tiny_co_ladd",),
     "elf": ("tiny_elf",),
 }
+
+IN_FRONT = {"slots": 0.11, "elf": 0.06}
+"""Share of what is kept that networks with more than one layer before their blocks may keep there."""
+TWO_STRANDS = ("mmdit", "all experts", "some experts")
 
 
 def saved_by_block(objective, half: bool) -> dict[int, int]:
@@ -82,8 +86,13 @@ def tensors_alive() -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
-@pytest.mark.parametrize("name", ["backbone", "mmdit", "slots", "elf"])
+def storages_of(prediction) -> set[int]:
+    return {each.untyped_storage().data_ptr() for each in prediction if isinstance(each, torch.Tensor)}
+
+
+@pytest.mark.parametrize("name", ["backbone", "mdit", "mmdit", "all experts", "slots", "elf"])
 def test_recomputation_keeps_the_inputs_of_the_blocks(name):
+    """And what the heads keep. On top come vectors per sequence, routing, and what the layers before the blocks keep."""
     _, objective = build(*NETWORKS[name], "model.activation_checkpointing=block", "model.num_layers=6")
     batch, noise = batch_of(B, L)
     corrupted = objective.corrupt(batch, noise)
@@ -91,10 +100,12 @@ def test_recomputation_keeps_the_inputs_of_the_blocks(name):
     assert not saved.keys() & set(range(6)), "nothing is saved within the blocks"
     before = tensors_alive()
     prediction = objective.predict(corrupted)
-    inputs = sum(size for pointer, size in tensors_alive().items() if pointer not in before and size >= B * L * 128 * 4)
+    known = before.keys() | storages_of(prediction)
+    kept = sum(size for pointer, size in tensors_alive().items() if pointer not in known)
     costs = block_costs(objective.network, sequences=B, length=L, half=False)
-    expected = sum(cost.state for cost in costs)
-    assert expected <= inputs <= expected + 2.1 * costs[0].state, "the prediction and what the head reads come on top"
+    head = head_bytes(objective.network, costs, sequences=B, length=L, half=False)
+    expected = sum(cost.state for cost in costs) + head
+    assert expected <= kept <= (1 + IN_FRONT.get(name, 0.04)) * expected
     del prediction
 
 
@@ -154,19 +165,21 @@ def test_the_loss_holds_so_many_bytes_for_a_logit(recipe, bytes_per_logit):
     assert bytes_per_logit - 0.6 <= found <= bytes_per_logit + 0.6, "copies of the head's weights come on top"
 
 
-@pytest.mark.parametrize("name", ["backbone", "mdit", "mmdit", "all experts", "slots", "elf"])
+@pytest.mark.parametrize("name", ["backbone", "mdit", "mmdit", "all experts", "some experts", "slots", "elf"])
 def test_the_tensor_axis_sums_what_divided_layers_give(name, monkeypatch):
     """The network with its layers divided in two, run as one of the two: what it would hand to the other."""
     _, objective = build(*NETWORKS[name])
     costs = block_costs(objective.network, sequences=B, length=L, half=False)
     network, summed = objective.network, []
-    shard_layers(network, Region(Axis("tensor", 0, 2, None)))
+    region = Region(Axis("tensor", 0, 2, None))
+    shard_layers(network, region)
     monkeypatch.setattr(ColumnLinear, "forward", lambda self, x: torch.nn.functional.linear(x, self.weight, self.bias))
     monkeypatch.setattr(Region, "collect", lambda self, x: summed.append(x.numel()) or x)
+    monkeypatch.setattr(Region, "spread", lambda self, x: x)
     for module in network.modules():
-        if hasattr(module, "num_heads"):
-            module.num_heads //= 2
-    hidden = torch.randn(B, L, 2, 128) if name in ("mmdit", "all experts") else torch.randn(B, L, 128)
+        if hasattr(module, "region"):
+            module.region = region
+    hidden = torch.randn(B, L, 2, 128) if name in TWO_STRANDS else torch.randn(B, L, 128)
     for block, cost in zip(network.blocks, costs, strict=True):
         summed.clear()
         run_block(block, network, hidden, name)
@@ -178,7 +191,7 @@ def run_block(block, network, hidden, name):
 
     with torch.no_grad():
         conditioning = torch.randn(B, network.config.cond_dim)
-        if name in ("mmdit", "all experts"):
+        if name in TWO_STRANDS:
             conditioning = conditioning[:, None].expand(-1, 2, -1)
         if name == "elf":
             text = torch.randn(B, L + 12, 128)

@@ -40,7 +40,9 @@ def test_ranks_count_along_tensor_then_context_data_pipeline():
     assert [axis.name for axis in axes.values() if axis.crosses_nodes] == ["pipeline"]
     axes = plan_axes(ParallelConfig(tensor=4, pipeline=2), 64, 8)
     assert (axes["data"].size, axes["data"].in_node, axes["pipeline"].in_node) == (8, 2, 1)
-    assert plan_axes(ParallelConfig(tensor=6), 24, 8)["tensor"].crosses_nodes, "some groups lie in two nodes"
+    six = plan_axes(ParallelConfig(tensor=6), 24, 8)["tensor"]
+    assert six.crosses_nodes and six.in_node == 2, "ranks 6 to 11 have two in the first node and four in the second"
+    assert plan_axes(ParallelConfig(pipeline=4), 12, 6)["pipeline"].in_node == 2, "every third rank"
 
 
 @pytest.mark.parametrize("recomputation", ["none", "block"])
