@@ -92,7 +92,7 @@ def storages_of(prediction) -> set[int]:
 
 @pytest.mark.parametrize("name", ["backbone", "mdit", "mmdit", "all experts", "slots", "elf"])
 def test_recomputation_keeps_the_inputs_of_the_blocks(name):
-    """And what the heads keep. On top come vectors per sequence, routing, and what the layers before the blocks keep."""
+    """And what the heads keep. On top come vectors per sequence, routing, and what is kept before the blocks."""
     _, objective = build(*NETWORKS[name], "model.activation_checkpointing=block", "model.num_layers=6")
     batch, noise = batch_of(B, L)
     corrupted = objective.corrupt(batch, noise)

@@ -7,9 +7,10 @@ from dataclasses import replace
 import memory_bodies
 import pytest
 import torch
-from small_networks import build
+from small_networks import SMALL, build
 
 from braid.parallel.plan import ParallelConfig
+from braid.pretrain.config.load import load_config
 from braid.pretrain.planning.estimate import Machine, estimate
 from braid.pretrain.planning.hardware import find_gpu
 from braid.pretrain.planning.vocabulary import VocabularySize
@@ -129,6 +130,32 @@ def test_offload_leaves_the_gpu():
         kept, offloaded = memory(zero=zero), memory(zero=zero, offload="cpu")
         assert kept.host == 0 and offloaded.host == moved * kept.parameters
         assert sum(kept.held.values()) - sum(offloaded.held.values()) == offloaded.host
+
+
+# What is left between two steps, by engine: what it holds all the time but for gradients, which the plain one frees.
+KEPT = {"plain": ("weights", "Adam's moments")}
+MEASURED = [  # (processes, plan, precision); a stage of ZeRO or a split of the pipeline is one more line
+    (1, ParallelConfig(), "fp32"),
+    (2, ParallelConfig(), "fp32"),
+    (2, ParallelConfig(tensor=2), "fp32"),
+    (4, ParallelConfig(tensor=4), "fp32"),
+    (4, ParallelConfig(tensor=2, sequence=True), "fp32"),
+    (2, ParallelConfig(tensor=2), "bf16"),
+]
+
+
+@pytest.mark.parametrize(("num_processes", "plan", "precision"), MEASURED)
+def test_an_engine_really_holds_so_much(ranks, num_processes, plan, precision):
+    """Weights and optimizer state of every rank, against the formula of its stage: within 1 % (the step counters)."""
+    config = load_config("tiny_mdlm", [*SMALL, f"run.precision={precision}", "training.ema_decay=0"])
+    data = plan.data(num_processes)
+    batch = replace(config.training, global_batch_size=data, micro_batch_size=1)
+    config = replace(config, parallel=plan, training=batch, data=replace(config.data, sequence_length=16))
+    stages = stages_of(config, num_processes)
+    for rank, (weights, held) in enumerate(ranks(memory_bodies.of_engine, num_processes, config, VOCAB)):
+        memory = stages[rank // (num_processes // plan.pipeline)].memory
+        assert weights == memory.held["weights"]
+        assert held == pytest.approx(sum(memory.held[name] for name in KEPT[plan.engine]), rel=0.01)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
