@@ -21,6 +21,8 @@ W width, F width of the MLP, V vocabulary, b bytes of a number in products (bf16
       recomputed         4 n W for each block, and one block in full                     arXiv 2205.05198, 5
       in flight          1F1B, stage i: min(p - i, m) micro-batches; interleaved         arXiv 2104.04473, 2.2;
                          (2 (p - 1 - i) + (v - 1) p + 1) / v                             2205.05198, 4.2.3
+      heads              n (4 W + (6 W + 8) for each head), / t with sequence            counted (activations.py)
+                         parallelism: the last state, norms and inputs of heads
     head and loss        16 n V / t: logits, log-probabilities and two gradients in      measured (memory.py)
                          float32; more for losses that look at all tokens
     optimizer's step     4 bytes for each element of state held (the root in AdamW)      torch, foreach AdamW
@@ -37,7 +39,8 @@ W width, F width of the MLP, V vocabulary, b bytes of a number in products (bf16
     bubble               (p - 1) / (v m + p - 1) of the time                             arXiv 2104.04473, 2.2
       uneven stages      m max + (sum - max) / v: the slowest stage sets the pace        schedule.py
     seconds sent         bytes / (0.8 x speed of the link, one direction); a ring over   hardware.py (data sheets)
-                         nodes uses the network cards of all its members in a node
+                         nodes uses the network cards of all its members in a node,
+                         where they are fewest
     hidden               gradients and weights of megatron and ZeRO with overlap,        assumed
                          behind one micro-batch (ZeRO 2, 3: all); interleaved sends
     FLOPs                of the network, and of a pass without gradient a third;         model/flops.py

@@ -46,6 +46,7 @@ def main(options: argparse.Namespace) -> int:
     if check.problems:
         raise configuration_error(check.problems)
 
+    from .alternatives import fitting_plans
     from .estimate import Machine, estimate
     from .page import as_json, print_page
 
@@ -58,11 +59,13 @@ def main(options: argparse.Namespace) -> int:
         text = json.dumps(as_json(options.recipe, machine, figures), indent=2)
         options.json.write_text(text + "\n", encoding="utf-8")
     if figures.fits is False:
+        fitting = fitting_plans(config, machine, vocabulary)
         raise ConfigError(
             "by this estimate the plan does not fit into the GPU's memory",
             found=figures.overflow,
-            change="model.activation_checkpointing=block, a smaller training.micro_batch_size, a larger "
-            "parallel.tensor (with parallel.sequence=true) or pipeline, or parallel.engine=megatron",
+            change=", or ".join(fitting)
+            or "more or larger GPUs: recomputation, micro-batches of one row, layers "
+            "divided within a node and divided optimizer state are not enough together",
         )
     return 0
 

@@ -16,7 +16,8 @@ from .hardware import GIB
 from .memory import USABLE
 from .traffic import LINK_EFFICIENCY, Axis
 
-WIDTH = 120
+WIDTH = 80
+"""Columns of the page, for a file too."""
 UNKNOWN = "n/a"
 SHARED = {
     "tensor": "heads, MLP columns, vocabulary",
@@ -37,19 +38,17 @@ def as_json(recipe: str, machine: Machine, estimate: Estimate) -> dict[str, Any]
 
 def print_page(recipe: str, config: Config, machine: Machine, estimate: Estimate) -> None:
     """Print the page."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = WIDTH
+    console = Console(highlight=False, width=WIDTH)
     gpu = machine.gpu
     nodes = -(-machine.num_gpus // machine.gpus_per_node)
-    console.print(Text(f"{recipe}: {config.objective.name} on {machine.num_gpus} x {gpu.name}, {nodes} nodes, "
+    where = f"{nodes} nodes" if nodes > 1 else "one node"
+    console.print(Text(f"{recipe}: {config.objective.name} on {machine.num_gpus} x {gpu.name}, {where}, "
                        f"{config.run.precision}", "bold"))  # fmt: skip
-    console.print(
-        "All figures are estimates; the formulas and their sources: pydoc braid.pretrain.planning", style="dim"
-    )
+    console.print(Text("Estimates, nothing was run. Formulas and sources: pydoc braid.pretrain.planning", "dim"))
     for table in (
         _model(config, estimate),
-        _layout(config, estimate),
+        _layout(estimate),
+        _plan(config, estimate),
         _memory(config, estimate),
         _traffic(estimate),
         _time(config, machine, estimate),
@@ -77,22 +76,27 @@ def _model(config: Config, estimate: Estimate) -> Table:
     return table
 
 
-def _layout(config: Config, estimate: Estimate) -> Table:
-    table = Table(title="layout", title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for column in ("axis", "size", "ranks of the first group", "where", "what they share"):
+def _layout(estimate: Estimate) -> Table:
+    table = _table("layout")
+    for column in ("axis", "size", "first group of ranks", "where", "what they share"):
         table.add_column(column, justify="right" if column == "size" else "left", header_style="dim")
     for name, what in SHARED.items():
         axis = estimate.axes[name]
         table.add_row(name, str(axis.size), _ranks(axis), _where(axis), what if axis.size > 1 else "")
-    plan = config.parallel
+    return table
+
+
+def _plan(config: Config, estimate: Estimate) -> Table:
+    """The rest of the plan: what no axis says."""
+    plan, table = config.parallel, _pairs("")
     engine = plan.engine + (f", ZeRO {plan.zero}" if plan.engine == "deepspeed" else "")
     engine += f", offload to {plan.offload}" if plan.offload != "none" else ""
-    table.add_row("engine", "", engine, "", _divided(config, estimate))
+    table.add_row("engine", f"{engine}: {_divided(config, estimate)}")
     if plan.sequence:
-        table.add_row("sequence", "", "parallel", "", "activations between divided layers")
+        table.add_row("sequence parallel", "divides the activations between sharded layers along the positions")
     for index, stage in enumerate(estimate.stages if plan.pipeline > 1 else []):
         blocks = ", ".join(f"{first}-{last}" if last > first else f"{first}" for first, last in stage.blocks)
-        table.add_row(f"stage {index}", "", f"blocks {blocks}", "", "")
+        table.add_row(f"blocks of stage {index}", blocks)
     return table
 
 
@@ -102,8 +106,8 @@ def _memory(config: Config, estimate: Estimate) -> Table:
     if len(shown) > MOST_COLUMNS:
         fullest = max(shown[1:-1], key=lambda stage: stage.memory.total or 0.0)
         shown = [shown[0], fullest, shown[-1]]
-    table = Table(title="memory of a process, GiB", title_justify="left", title_style="bold", box=None, pad_edge=False)
-    table.add_column("", min_width=48)
+    table = _table("memory of a process, GiB")
+    table.add_column("")
     for stage in shown:
         table.add_column(f"stage {stage.memory.stage}" if len(estimate.stages) > 1 else "", justify="right")
     table.add_row("parameters it works with", *(_count(stage.memory.parameters) for stage in shown))
@@ -116,22 +120,17 @@ def _memory(config: Config, estimate: Estimate) -> Table:
     for name, field in (("head and loss (1)", "head"), (f"{block} (1)", "block"), ("optimizer's step (2)", "step")):
         table.add_row(Text(name, "dim"), *(Text(_gib(getattr(stage.memory, field)), "dim") for stage in shown))
     table.add_row(Text("at the fullest moment", "bold"), *(_total(stage, estimate) for stage in shown))
-    usable = "n/a for this GPU" if estimate.usable_memory is None else (
-        f"{_gib(estimate.usable_memory)}, {USABLE:.0%} of the GPU's")  # fmt: skip
-    table.add_row("usable", usable)
+    table.add_row(f"usable, {USABLE:.0%} of the GPU's", *(_gib(estimate.usable_memory) for _ in shown))
     host = max(stage.memory.host for stage in estimate.stages)
     if host:
-        table.add_row("on the node, for each process", _gib(host))
-    table.caption = "(1) one of them at a time, on top of the activations; (2) instead of activations and (1)"
-    table.caption_justify, table.caption_style = "left", "dim"
+        table.add_row("in the node's memory or disks", *(_gib(stage.memory.host) for stage in shown))
+    table.caption = "(1) one of them at a time, beside the activations; (2) instead of activations and (1)"
     return table
 
 
 def _traffic(estimate: Estimate) -> Table:
-    table = Table(
-        title="sent by a process in a step", title_justify="left", title_style="bold", box=None, pad_edge=False
-    )
-    for column in ("kind", "operation", "over", "where", "GiB", "seconds", ""):
+    table = _table("sent by a process in a step")
+    for column in ("kind", "operation", "axis", "where", "GiB", "seconds", ""):
         table.add_column(column, justify="right" if column in ("GiB", "seconds") else "left", header_style="dim")
     busiest: dict[tuple[str, str], Any] = {}
     for traffic in (traffic for stage in estimate.stages for traffic in stage.traffic):
@@ -140,24 +139,29 @@ def _traffic(estimate: Estimate) -> Table:
             busiest[key] = traffic
     for traffic in busiest.values():
         axis = estimate.axes[traffic.axis]
-        over = "data and context" if axis.name == "reduction" else axis.name
-        hidden = "beside computation" if traffic.hidden else ""
+        over = axis.name
+        if over == "reduction":
+            over = "data, context" if estimate.axes["context"].size > 1 else "data"
+        hidden = "(3)" if traffic.hidden else ""
         table.add_row(
             traffic.kind, traffic.operation, over, _where(axis), _gib(traffic.sent), _seconds(traffic.seconds), hidden
         )
     if not busiest:
         table.add_row("nothing", "", "", "", "", "", "")
+    if any(traffic.hidden for traffic in busiest.values()):
+        table.caption = "(3) beside computation, where that takes long enough"
     return table
 
 
 def _time(config: Config, machine: Machine, estimate: Estimate) -> Table:
     table, timing = _pairs("time and disk"), estimate.timing
     table.add_row("model FLOPs of a step", f"{estimate.model_flops:.3g}")
-    at = f"at {machine.efficiency:.0%} of the bf16 peak, recomputation included"
-    table.add_row("products", f"{_seconds(timing.products)} s {at}")
+    again = ", recomputation included" if config.model.activation_checkpointing == "block" else ""
+    at = f"at {machine.efficiency:.0%} of the bf16 peak{again}"
+    table.add_row("matrix products", f"{_seconds(timing.products)} s {at}")
     if config.parallel.pipeline > 1:
-        waits = f"bubble {timing.bubble:.1%} of the time; with these stages, which differ, {timing.waiting_share:.1%}"
-        table.add_row("the pipeline waits", waits)
+        waits = f"{timing.bubble:.2%} of the time; with these stages, which differ, {timing.waiting_share:.2%}"
+        table.add_row("bubble of the pipeline", waits)
     links = f"at {LINK_EFFICIENCY:.0%} of the links' speed"
     table.add_row("communication not hidden", f"{_seconds(timing.exposed)} s {links}")
     speed = UNKNOWN if timing.tokens_per_second is None else f"{_count(timing.tokens_per_second)} tokens/s"
@@ -175,9 +179,17 @@ def _time(config: Config, machine: Machine, estimate: Estimate) -> Table:
     return table
 
 
+def _table(title: str) -> Table:
+    return Table(
+        title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False,
+        caption_justify="left", caption_style="dim",
+    )  # fmt: skip
+
+
 def _pairs(title: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, show_header=False)
-    table.add_column("", min_width=24)
+    table = _table(title)
+    table.show_header = False
+    table.add_column("", min_width=22)
     table.add_column("", overflow="fold")
     return table
 
@@ -202,7 +214,7 @@ def _total(stage: Stage, estimate: Estimate) -> Text:
 def _where(axis: Axis) -> str:
     if axis.size == 1:
         return ""
-    return f"nodes, {axis.in_node} in each" if axis.crosses_nodes else "within a node"
+    return f"{axis.in_node} in a node" if axis.crosses_nodes else "one node"
 
 
 def _ranks(axis: Axis) -> str:

@@ -100,7 +100,7 @@ def _tensor(load: Load, config: Config, axis: Axis, num_micro_batches: int) -> I
     if plan.sequence:
         passes = 2 + 3 + 2 * again
         sent = passes * elements * num_bytes * ring * num_micro_batches
-        yield "tensor, sequence", "gather and scatter", axis, sent, False
+        yield "tensor", "gather, scatter", axis, sent, False
     else:
         sent = (1 + 1 + again) * elements * num_bytes * 2 * ring * num_micro_batches
         yield "tensor", "all-reduce", axis, sent, False
@@ -117,7 +117,7 @@ def _context(load: Load, config: Config, axis: Axis, num_micro_batches: int) -> 
         yield "context", "all-to-all", axis, sent, False
     else:
         sent = passes * 2 * elements * num_bytes * (axis.size - 1) * num_micro_batches
-        yield "context", "gather and scatter", axis, sent, False
+        yield "context", "gather, scatter", axis, sent, False
 
 
 def _pipeline(load: Load, config: Config, axis: Axis, num_micro_batches: int) -> Iterator[Sent]:
@@ -128,7 +128,7 @@ def _pipeline(load: Load, config: Config, axis: Axis, num_micro_batches: int) ->
         return
     pieces = 2 * plan.virtual - (load.stage == 0) - (load.stage == plan.pipeline - 1)
     sent = pieces * max(cost.state for cost in load.costs) * num_micro_batches
-    yield "pipeline", "send and receive", axis, sent, plan.overlap and plan.virtual > 1
+    yield "pipeline", "send, receive", axis, sent, plan.overlap and plan.virtual > 1
 
 
 def _data(load: Load, config: Config, axis: Axis, num_micro_batches: int) -> Iterator[Sent]:
@@ -163,5 +163,5 @@ def _seconds(operation: str, sent: float, axis: Axis, gpu: GPU) -> float | None:
     if operation == "all-to-all":
         sent *= (axis.size - axis.in_node) / (axis.size - 1)
         return sent / (gpu.network * LINK_EFFICIENCY)
-    members = axis.in_node if operation != "send and receive" else 1
+    members = axis.in_node if operation != "send, receive" else 1
     return sent / (min(gpu.link, members * gpu.network) * LINK_EFFICIENCY)

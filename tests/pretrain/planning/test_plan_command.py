@@ -47,10 +47,10 @@ def test_the_command(run_braid, tmp_path):
     words = ["plan", "mdlm_small", "--gpus", "16", "parallel.tensor=2", "--json", "plan.json"]
     done = run_braid(*words)
     assert done.returncode == 0, done.stderr
-    for part in ("170M", "50,258", "ranks of the first group", "0 2 4 ... 14", "Adam's moments", "activations kept",
+    for part in ("170M", "50,258", "first group of ranks", "0 2 4 ... 14", "Adam's moments", "activations kept",
                  "fullest moment", "all-reduce", "GPU hours", "on disk"):  # fmt: skip
         assert part in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= 120
+    assert max(map(len, done.stdout.splitlines())) <= 80
     read = json.loads((tmp_path / "plan.json").read_text())
     assert read["parameters"]["total"] == 169_627_218
     assert read["stages"][0]["memory"]["total"] > 0 and read["fits"] is True
@@ -82,12 +82,23 @@ def test_a_plan_that_does_not_fit(capsys):
         plan("mdlm_small", "--gpu", "l4")
     assert "fullest moment" in capsys.readouterr().out, "the figures are shown all the same"
     assert "GiB on stage 0, of 22.1 usable" in caught.value.found and "activations" in caught.value.found
+    ways = caught.value.change.split(", or ")
+    assert len(ways) == 2 and "training.micro_batch_size=8" in ways
+    for way in ways:
+        assert plan("mdlm_small", "--gpu", "l4", *way.split()) == 0
+
+
+def test_a_model_too_large_for_any_plan_with_so_few_gpus():
+    with pytest.raises(ConfigError, match="does not fit") as caught:
+        plan("mdlm_70B", "--gpus", "1", "parallel.tensor=1", "parallel.sequence=false", "parallel.pipeline=1",
+             "parallel.virtual=1")  # fmt: skip
+    assert caught.value.change.startswith("more or larger GPUs")
 
 
 def test_an_unknown_gpu_has_no_times(capsys):
     assert plan("mdlm_small", "--gpu", "abacus") == 0
     shown = capsys.readouterr().out
-    assert "n/a for this GPU" in shown and "n/a s, n/a, MFU n/a" in shown
+    assert "usable, 92% of the GPU's" in shown and "n/a s at 45%" in shown and "n/a s, n/a, MFU n/a" in shown
 
 
 @pytest.mark.parametrize("recipe", ONE_OF_A_KIND)

@@ -56,7 +56,7 @@ def test_tensor(precision, recomputation):
     assert found["tensor", "all-reduce"].sent == 4 * sums * 2 * ring_reduce(4, N) * number
     (found,), _ = traffic_of(ParallelConfig(tensor=4, sequence=True), 4, *words)
     moves = 2 * LAYERS * (2 + 3 + 2 * again)
-    assert found["tensor, sequence", "gather and scatter"].sent == 4 * moves * ring_reduce(4, N) * number
+    assert found["tensor", "gather, scatter"].sent == 4 * moves * ring_reduce(4, N) * number
 
 
 def test_two_streams_send_more():
@@ -72,12 +72,12 @@ def test_context():
     sent = 3 * local // 4  # of its positions, the heads of three others
     assert found["context", "all-to-all"].sent == 4 * LAYERS * 2 * 4 * sent * 4
     (found,), _ = traffic_of(ParallelConfig(context=4, context_by="gather"), 4)
-    assert found["context", "gather and scatter"].sent == 4 * LAYERS * 2 * 2 * 3 * local * 4
+    assert found["context", "gather, scatter"].sent == 4 * LAYERS * 2 * 2 * 3 * local * 4
 
 
 def test_pipeline():
     stages, _ = traffic_of(ParallelConfig(pipeline=4), 4)
-    kind = ("pipeline", "send and receive")
+    kind = ("pipeline", "send, receive")
     assert [stage[kind].sent / (4 * N * 4) for stage in stages] == [1, 2, 2, 1], "forward, both, both, backward"
     stages, _ = traffic_of(ParallelConfig(pipeline=2, virtual=2), 2)
     assert [stage[kind].sent / (4 * N * 4) for stage in stages] == [3, 3]
@@ -126,7 +126,7 @@ def test_seconds_follow_from_the_links():
     assert seconds(ParallelConfig(), 16, ("gradients", "all-reduce")) == pytest.approx(8 * 50e9), "eight cards a node"
     plan = ParallelConfig(tensor=4)
     assert seconds(plan, 64, ("gradients", "all-reduce")) == pytest.approx(2 * 50e9), "two members in a node"
-    assert seconds(ParallelConfig(pipeline=2), 16, ("pipeline", "send and receive")) == pytest.approx(50e9)
+    assert seconds(ParallelConfig(pipeline=2), 16, ("pipeline", "send, receive")) == pytest.approx(50e9)
     kind = ("context", "all-to-all")
     assert seconds(ParallelConfig(context=4), 4, kind) == pytest.approx(450e9)
     stages, _ = traffic_of(ParallelConfig(context=4), 4, per_node=2)
