@@ -272,7 +272,8 @@ ENTRIES = (
     ),
     _Entry(
         "flash-attn",
-        *["not used: attention is torch's scaled_dot_product_attention"] * 2,
+        "accelerators.attention=flash-attn can be chosen",
+        "accelerators.attention=flash-attn is refused; torch has fused attention of its own",
         probes.flash_attention,
         module="flash_attn",
         symbol="flash_attn_func",
@@ -281,8 +282,8 @@ ENTRIES = (
     ),
     _Entry(
         "transformer-engine",
-        "parallel.engine=megatron steps with its fused Adam; layers are torch's and Megatron-core's",
-        "not needed: layers are torch's and Megatron-core's",
+        "accelerators.linears=transformer-engine (fp8) can be chosen; parallel.engine=megatron steps with its Adam",
+        "accelerators.linears=transformer-engine (fp8) is refused; layers are torch's and Megatron-core's",
         probes.transformer_engine,
         module="transformer_engine.pytorch",
         symbol="Linear",
@@ -291,8 +292,9 @@ ENTRIES = (
     ),
     _Entry(
         "apex",
-        "parallel.engine=megatron steps with its fused Adam where there is no transformer-engine",
-        "not needed: optimizers are torch's",
+        "accelerators.norms and .optimizer=apex can be chosen; parallel.engine=megatron steps with its Adam where "
+        "there is no transformer-engine",
+        "accelerators.norms and .optimizer=apex are refused; torch has both",
         probes.apex,
         module="apex.optimizers",
         symbol="FusedAdam",

@@ -147,16 +147,19 @@ def flash_attention() -> str:
 
 def transformer_engine() -> str:
     import torch
-    from transformer_engine.pytorch import Linear
+    from transformer_engine.pytorch import Linear, autocast, is_fp8_available
 
     if _device() == "cpu":
         raise NotHere("installed, but there is no CUDA device")
-    assert Linear(64, 64)(torch.ones(64, 64, device="cuda")).isfinite().all()
-    return "a linear layer ran"
+    has_fp8, reason = is_fp8_available(return_reason=True)
+    with autocast(enabled=has_fp8):
+        assert Linear(64, 64)(torch.ones(64, 64, device="cuda")).isfinite().all()
+    return "a linear layer ran" + (" in fp8" if has_fp8 else f", not in fp8: {reason}")
 
 
 def apex() -> str:
     import torch
+    from apex.normalization.fused_layer_norm import fused_layer_norm_affine
     from apex.optimizers import FusedAdam
 
     if _device() == "cpu":
@@ -164,7 +167,8 @@ def apex() -> str:
     weight = torch.nn.Parameter(torch.ones(8, device="cuda"))
     weight.grad = torch.ones_like(weight)
     FusedAdam([weight]).step()
-    return "a step of FusedAdam ran"
+    assert fused_layer_norm_affine(torch.ones(2, 8, device="cuda"), weight, weight, weight.shape).isfinite().all()
+    return "a step of FusedAdam and a norm ran"
 
 
 def megatron() -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from braid.parallel.plan import ParallelConfig
+from braid.pretrain.config.accelerators import AcceleratorsConfig
 from braid.pretrain.config.objectives import ObjectiveConfig
 from braid.pretrain.config.objectives.mdlm import MDLMConfig
 
@@ -204,6 +205,8 @@ class Config:
     """How long."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Over which processes it is spread."""
+    accelerators: AcceleratorsConfig = field(default_factory=AcceleratorsConfig)
+    """Whose kernels compute it."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """What is kept."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

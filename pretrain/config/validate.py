@@ -11,6 +11,7 @@ import math
 
 from braid.kernels.errors import ConfigError
 from braid.parallel.plan import check_plan
+from braid.pretrain.config.accelerators import check_accelerators
 from braid.pretrain.config.check import Check
 from braid.pretrain.config.objectives import CHECKS, OBJECTIVES
 from braid.pretrain.config.problem import Problem, configuration_error, listed
@@ -51,6 +52,7 @@ def problems(config: Config, *, world_size: int | None = None) -> list[Problem]:
     _optimizer(check, config.optimizer, config.training.steps)
     _training(check, config.training)
     _parallel(check, config, world_size)
+    check_accelerators(check, config)
     _rest(check, config)
     return check.problems
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from braid.kernels.norms import layer_norm
+
 SINUSOID_DIM = 256
 MAX_PERIOD = 10000.0
 
@@ -48,7 +50,7 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), self.weight.shape, self.weight.float())
+        return layer_norm(x, self.weight)
 
 
 class Modulation(nn.Linear):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from braid.kernels import random
+from braid.kernels.norms import rms_norm
 from braid.parallel.layers import ALONE, Columns, Region, Rows, set_whole, whole_shape
 from braid.pretrain.config.schema import ModelConfig
 from braid.pretrain.model.blocks import rope_tables
@@ -234,7 +235,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.EPS)
+        return rms_norm(x, self.weight, self.EPS)
 
 
 class ScalarEmbedding(nn.Module):

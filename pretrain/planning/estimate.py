@@ -308,6 +308,8 @@ def _notes(
                      "passes are counted")  # fmt: skip
     if is_foreign:
         notes.append("the blocks are another library's: what they keep for the backward pass is not known here")
+    if config.accelerators.linears == "transformer-engine":
+        notes.append("layers in fp8 count as bf16: what Transformer Engine keeps and saves is not known here")
     if config.run.precision != "bf16":
         notes.append("the peak speeds known are for bf16, so a run in fp32 gets no times")
     return notes

@@ -12,7 +12,7 @@ from .optimizer import build_optimizer
 
 def build_engine(config: Config, objective: Objective, mesh: Mesh) -> Engine:
     """The engine of `parallel.engine` around the objective's parameters."""
-    optimizer = build_optimizer(objective, config.optimizer, mesh.tensor)
+    optimizer = build_optimizer(objective, config.optimizer, mesh.tensor, config.accelerators.optimizer)
     match config.parallel.engine:
         case "plain":
             return PlainEngine(objective, optimizer, mesh)

@@ -31,6 +31,7 @@ from braid.pretrain.config.load import dump_config
 from braid.pretrain.config.schema import Config
 from braid.pretrain.evaluation.bound import evaluate_rows
 from braid.pretrain.model.flops import mfu
+from braid.pretrain.model.fp8 import use_fp8
 from braid.pretrain.model.network import parameter_counts
 from braid.pretrain.model.probe import check_direction
 from braid.pretrain.objectives.base import NUM_TIME_BUCKETS, Noise
@@ -106,6 +107,8 @@ class Trainer:
         encoder = training_encoder(config, corpus, world)
         sharded = {"tensor": mesh.tensor, "sequence": config.parallel.sequence}
         self.objective = build_objective(config, self.tokenizer, encoder, self.device, **sharded)
+        if config.accelerators.linears == "transformer-engine":
+            use_fp8(self.objective.network)
         self.engine = build_engine(config, self.objective, mesh)
         self.ema = EMA(self.engine, training.ema_decay) if training.ema_decay else None
         self.noise_key = fold_key(config.run.seed, "train")

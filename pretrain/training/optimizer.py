@@ -12,12 +12,15 @@ from braid.parallel.mesh import Axis
 from braid.pretrain.config.schema import OptimizerConfig
 from braid.pretrain.objectives.base import Objective
 
+from .apex_adam import apex_adam
 from .muon import Muon
 
 
-def build_optimizer(objective: Objective, config: OptimizerConfig, tensor: Axis | None = None) -> torch.optim.Optimizer:
+def build_optimizer(
+    objective: Objective, config: OptimizerConfig, tensor: Axis | None = None, library: str = "torch"
+) -> torch.optim.Optimizer:
     """The optimizer of all parameters that are trained, in groups of one peak learning rate and weight decay. `tensor`
-    is the axis that the weights are divided on.
+    is the axis that the weights are divided on; AdamW is that of `library`, `torch` or `apex`.
 
     Both are the configuration's, the decay on matrices alone (see `parameter_kinds`). Parameters whose name is, or lies
     below, a prefix in `objective.parameter_rates()` have those of the longest such prefix, whatever their kind.
@@ -39,6 +42,8 @@ def build_optimizer(objective: Objective, config: OptimizerConfig, tensor: Axis 
     common = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
     if is_muon:
         return Muon(groups.values(), momentum=config.momentum, tensor=tensor, **common)
+    if library == "apex":
+        return apex_adam()(list(groups.values()), **common)
     return torch.optim.AdamW(groups.values(), foreach=True, **common)
 
 

@@ -18,6 +18,7 @@ from braid.pretrain.config.schema import Config
 from braid.pretrain.config.validate import validate
 from braid.pretrain.exits import INTERRUPTED, is_about_a_place
 
+from .accelerators import use_accelerators
 from .loop import Trainer
 from .outcome import STATUS, clear_outcome, write_failed_start, write_outcome
 from .precision import prepare_process
@@ -41,6 +42,7 @@ def pretrain(config: Config) -> int:
             stack.callback(world.close)
             validate(config, world_size=world.size)
             _refuse_unbuilt(config)
+            use_accelerators(config.accelerators, world.device)
             mesh = build_mesh(world, config.parallel)
             stack.callback(mesh.close)
         except BraidError as error:
