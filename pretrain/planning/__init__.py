@@ -9,11 +9,11 @@ W width, F width of the MLP, V vocabulary, b bytes of a number in products (bf16
     parameters           of the network built on the meta device, with the layers        parallel/layers.py
                          divided that it says can be (rows of the vocabulary padded)
     weights, gradients,  plain: 4 P + 4 P + 4 P per moment, and 2 bytes for each         autocast of torch
-    optimizer state        matrix element in bf16 (its copies)
-                         megatron, bf16: 2 P + 4 P + (4 + 4 per moment) P / d            Megatron-LM, distributed
-                                                                                         optimizer: 6 + 12 / d
-                         deepspeed 1: the same; 2: gradients / d; 3: weights / d         ZeRO, arXiv 1910.02054, 5;
-                         (gradients are summed in float32)                               DeepSpeed's BF16_Optimizer
+    optimizer state        element of a matrix in bf16 (its copies)
+                         megatron, bf16: 2 P of matrices, 4 P of all else, 4 P, and      Megatron-LM, distributed
+                         (4 of matrices + 4 per moment) P / d; fp32: without the 4       optimizer: 6 + 12 / d
+                         deepspeed 1: as plain, and (4 + 4 per moment) P / d instead;    ZeRO, arXiv 1910.02054, 5;
+                         2: gradients / d; 3: weights / d                                measured (test_memory.py)
     average (EMA)        4 P, divided as the optimizer state                             training/ema.py
     activations          each tensor that autograd keeps, once: for a block in bf16      counted (activations.py);
                          n (14 W + 4 F + 4 heads) / t inside divided layers and n (24    the paper's count is
@@ -33,16 +33,17 @@ W width, F width of the MLP, V vocabulary, b bytes of a number in products (bf16
     context, ulysses     all-to-all of q, k, v and the output, n W / t each              arXiv 2309.14509, 3.2
              gather      k and v to all others, and their gradients back
     pipeline             4 n W for each piece's state and its gradient                   arXiv 2104.04473, 4.1
-    data                 plain: all-reduce of the gradients; megatron: scatter, and      arXiv 1910.02054, 7
-                         gather of the weights; ZeRO 2 and 3 scatter the gradients of
-                         every micro-batch, 3 gathers the weights twice for each
+    data                 plain: all-reduce of the gradients; megatron, ZeRO 1: scatter,  arXiv 1910.02054, 7
+                         and gather of the weights; ZeRO 2 and 3 scatter the gradients
+                         of every micro-batch, 3 gathers the weights twice for each
     bubble               (p - 1) / (v m + p - 1) of the time                             arXiv 2104.04473, 2.2
       uneven stages      m max + (sum - max) / v: the slowest stage sets the pace        schedule.py
     seconds sent         bytes / (0.8 x speed of the link, one direction); a ring over   hardware.py (data sheets)
                          nodes uses the network cards of all its members in a node,
                          where they are fewest
-    hidden               gradients and weights of megatron and ZeRO with overlap,        assumed
-                         behind one micro-batch (ZeRO 2, 3: all); interleaved sends
+    hidden               gradients and weights of megatron, gradients of ZeRO 2 and 3,   assumed
+                         weights of 3, with overlap, behind one micro-batch (ZeRO: all);
+                         interleaved sends
     FLOPs                of the network, and of a pass without gradient a third;         model/flops.py
                          recomputation adds a third of the blocks'
     seconds of products  FLOPs / (efficiency x dense bf16 peak), efficiency assumed      hardware.py

@@ -25,29 +25,40 @@ PLAIN_LOGIT_BYTES = 16
 class StateBytes:
     """Bytes per parameter of what outlives a step, and which of it the ranks with the same weights divide."""
 
-    weights: int
-    gradients: int
-    master: int
-    """A float32 copy that the optimizer steps, where the weights are not it."""
+    matrices: int
+    """Of the weights that autocast would cast in every use."""
+    master: tuple[int, int]
+    """Of the float32 copies that the optimizer steps, where the weights are not they: of matrices, and of all else."""
     copies: int
-    """bf16 copies of float32 matrices, made by autocast."""
+    """Of the bf16 copies of float32 matrices that autocast makes."""
     divided: frozenset[str]
-    """Of `weights`, `gradients` and `state` (master copy, moments, average)."""
+    """Of `weights`, `gradients` (float32) and `state` (master copies, moments, average)."""
+
+    def weights(self, parameters: list[PlannedParameter]) -> int:
+        """Bytes of the weights; all but matrices are float32."""
+        return sum(p.held * (self.matrices if p.is_matrix else FLOAT) for p in parameters)
+
+    def masters(self, parameters: list[PlannedParameter]) -> int:
+        """Bytes of the master copies."""
+        return sum(p.held * self.master[0 if p.is_matrix else 1] for p in parameters if p.trained)
 
 
 def state_bytes(plan: ParallelConfig, precision: str) -> StateBytes:
-    """How an engine keeps weights, gradients and optimizer state.
+    """How an engine keeps weights and optimizer state.
 
-    `plain` (and DeepSpeed without ZeRO): float32 under autocast, everything on every rank. `megatron`, bf16: weights
-    bf16, gradients float32, the state divided. `deepspeed`: the same, from stage 2 gradients divided and from stage 3
-    weights; it keeps a float32 copy of its part in any precision.
+    `plain` (and DeepSpeed without ZeRO): float32 under autocast, everything on every rank. `megatron`, bf16: matrices
+    bf16, the state divided. `deepspeed`: float32 under autocast, from stage 2 gradients divided and from stage 3
+    weights; it keeps a float32 copy of its part besides.
     """
     half = precision == "bf16"
-    if plan.engine == "plain" or (plan.engine == "deepspeed" and plan.zero == 0):
-        return StateBytes(FLOAT, FLOAT, 0, HALF if half else 0, frozenset())
+    copies = HALF if half else 0
+    if plan.engine == "megatron":
+        return StateBytes(HALF, (FLOAT, 0), 0, frozenset({"state"})) if half else (
+            StateBytes(FLOAT, (0, 0), 0, frozenset({"state"})))  # fmt: skip
+    if plan.engine == "plain" or plan.zero == 0:
+        return StateBytes(FLOAT, (0, 0), copies, frozenset())
     divided = {"state"} | ({"gradients"} if plan.zero >= 2 else set()) | ({"weights"} if plan.zero == 3 else set())
-    master = FLOAT if half or plan.engine == "deepspeed" else 0
-    return StateBytes(HALF if half else FLOAT, FLOAT, master, 0, frozenset(divided))
+    return StateBytes(FLOAT, (FLOAT, FLOAT), copies, frozenset(divided))
 
 
 @dataclass(frozen=True)
@@ -104,9 +115,9 @@ def stage_memory(load: Load, config: Config, *, num_ranks: int, encoder_bytes: f
     copies = each.copies * sum(p.held for p in load.parameters if p.is_matrix)
     recomputes = config.model.activation_checkpointing == "block"
 
-    weights = {"weights": each.weights * _part(size, share["weights"])}
+    weights = {"weights": _part(each.weights(load.parameters), share["weights"])}
     state = {
-        "float32 master weights": each.master * _part(trained, share["state"]),
+        "float32 master weights": _part(each.masters(load.parameters), share["state"]),
         "Adam's moments" if config.optimizer.name == "adamw" else "Muon's momentum, Adam's moments": FLOAT
         * _part(moments, share["state"]),
         "average of the weights (EMA)": FLOAT * _part(size, share["state"]) if config.training.ema_decay else 0.0,
@@ -117,7 +128,7 @@ def stage_memory(load: Load, config: Config, *, num_ranks: int, encoder_bytes: f
     held = {
         **weights,
         "bf16 copies of the matrices": kept_copies,
-        "gradients": each.gradients * _part(trained, share["gradients"]),
+        "gradients": FLOAT * _part(trained, share["gradients"]),
         **state,
         "frozen encoder": encoder_bytes,
         "communication buffers": _buffers(load, config, size, num_ranks),
@@ -156,9 +167,9 @@ def micro_batches_in_flight(plan: ParallelConfig, stage: int, num_micro_batches:
     return min(pieces, num_micro_batches * plan.virtual) / plan.virtual
 
 
-def _part(elements: float, num_ranks: int) -> float:
-    """Elements of the parameters laid end to end and cut into `num_ranks` equal pieces, the last one padded."""
-    return -(-elements // num_ranks)
+def _part(size: float, num_ranks: int) -> float:
+    """Elements, or bytes, of parameters laid end to end and cut into `num_ranks` equal pieces, the last one padded."""
+    return -(-size // num_ranks)
 
 
 def _largest_block(load: Load) -> int:
@@ -177,15 +188,14 @@ def _by_place(parameters: list[PlannedParameter]) -> dict[int | str, int]:
 
 def _buffers(load: Load, config: Config, size: int, num_ranks: int) -> float:
     """Room that collectives need beside what they send from and to."""
-    plan, num_bytes = config.parallel, HALF if config.run.precision == "bf16" else FLOAT
-    room = 0.0
+    plan, room = config.parallel, 0.0
     if plan.engine == "plain" and num_ranks > 1:
         room += min(BUCKET_BYTES, FLOAT * size)
     elif plan.engine == "deepspeed":
-        bucket = min(DEEPSPEED_BUCKET, size) * num_bytes
-        room += bucket * (2 if plan.overlap else 1)  # one is filled while the other travels
+        bucket = min(DEEPSPEED_BUCKET, size) * FLOAT
+        room += bucket * (2 if plan.overlap and plan.zero > 1 else 1)  # one is filled while the other travels
         # ZeRO 3 has the weights in use and those fetched ahead.
-        room += bucket if plan.zero < 3 else num_bytes * sum(sorted(_by_place(load.parameters).values())[-2:])
+        room += bucket if plan.zero < 3 else FLOAT * sum(sorted(_by_place(load.parameters).values())[-2:])
     if plan.pipeline > 1 and load.costs:
         room += 4 * max(cost.state for cost in load.costs)  # to and from both neighbours
     return room

@@ -135,20 +135,19 @@ def _data(load: Load, config: Config, axis: Axis, num_micro_batches: int) -> Ite
     """Gradients are summed, and weights that were divided for the step come back."""
     plan, each = config.parallel, state_bytes(config.parallel, config.run.precision)
     ring = (axis.size - 1) / axis.size
-    trained = sum(p.held for p in load.parameters if p.trained)
+    trained = [p for p in load.parameters if p.trained]
     hidden = plan.overlap and plan.engine != "plain"
-    reduced, gathered = trained * each.gradients * ring, trained * each.weights * ring
+    reduced, gathered = FLOAT * sum(p.held for p in trained) * ring, each.weights(trained) * ring
     if "state" not in each.divided:
         yield "gradients", "all-reduce", axis, 2 * reduced, hidden
     elif plan.engine == "megatron":
         yield "gradients", "scatter", axis, reduced, hidden
         yield "weights", "gather", axis, gathered, hidden
-    elif plan.zero == 1:
-        whole = config.run.precision == "bf16"  # DeepSpeed's bf16 optimizer sums float32 gradients everywhere
-        yield "gradients", "all-reduce" if whole else "scatter", axis, reduced * (2 if whole else 1), hidden
+    elif plan.zero == 1:  # nothing is reduced before the last backward pass has ended
+        yield "gradients", "scatter", axis, reduced, False
         yield "weights", "gather", axis, gathered, False
     else:  # gradients are divided, so each micro-batch's are sent, as they are computed
-        yield "gradients", "scatter", axis, trained * each.weights * ring * num_micro_batches, hidden
+        yield "gradients", "scatter", axis, reduced * num_micro_batches, hidden
         times = 2 * num_micro_batches if plan.zero == 3 else 1
         yield "weights", "gather", axis, gathered * times, hidden and plan.zero == 3
 

@@ -48,7 +48,7 @@ def of_engine(world: World, config: Config, vocab_size: int) -> tuple[int, int]:
     return sum(parameter.nbytes for parameter in objective.parameters()), live_bytes() - before
 
 
-def of_bare_deepspeed(world: World, zero: int, precision: str) -> float:
+def of_bare_deepspeed(world: World, zero: int) -> float:
     """Bytes per parameter in the second micro-batch of the second step, between the backward pass and the step.
 
     Gradients that DeepSpeed keeps itself are among them, those that only autograd holds are not.
@@ -70,18 +70,12 @@ def of_bare_deepspeed(world: World, zero: int, precision: str) -> float:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    if precision == "bf16":
-        settings |= {
-            "bf16": {"enabled": True, "immediate_grad_update": True},
-            "data_types": {"grad_accum_dtype": "fp32"},
-        }
     before = live_bytes()
     network = nn.Sequential(*[nn.Linear(128, 128) for _ in range(24)])
     size = sum(parameter.numel() for parameter in network.parameters())
     engine, *_ = deepspeed.initialize(model=network, optimizer=torch.optim.AdamW(network.parameters()), config=settings)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     for micro_batch in range(4):
-        engine.backward(engine(torch.randn(1, 128, dtype=dtype)).float().square().mean())
+        engine.backward(engine(torch.randn(1, 128)).square().mean())
         if micro_batch == 2:
             held = live_bytes() - before
         engine.step()

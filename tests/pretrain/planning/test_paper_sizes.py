@@ -48,11 +48,16 @@ def test_mdlm_70b_on_512(tmp_path, monkeypatch, capsys):
     held = [first, 21 * block + time, 21 * block + time, last]
     assert [stage["memory"]["parameters"] for stage in found["stages"]] == held
 
-    # Memory: 2 + 4 bytes a parameter, 4 + 8 + 4 divided by d (master, moments, average); activations as each operation
-    # leaves them; (2 (p - 1 - i) + (v - 1) p + 1) / v micro-batches of the interleaved schedule in flight.
+    # Memory: weights of linear layers in bf16, all else in float32; gradients 4 bytes, and 4 + 8 + 4 divided by d (the
+    # float32 copies of what is bf16, moments, average); activations as each operation leaves them;
+    # (2 (p - 1 - i) + (v - 1) p + 1) / v micro-batches of the interleaved schedule in flight.
+    of_block = (4 * W * W + 2 * W * F) // t + 6 * W * C
+    matrices = [21 * of_block + TIME * C + C * C] * p
+    matrices[-1] += 2 * W * C + rows * W
     kept = L * (14 * W + 4 * F + 4 * H) / t + L * (24 * W + 16) / t
     for i, stage in enumerate(found["stages"]):
-        memory, state = stage["memory"], 2 * held[i] + 4 * held[i] + 16 * held[i] / d
+        memory, weights = stage["memory"], 4 * held[i] - 2 * matrices[i]
+        state = weights + 4 * held[i] + (4 * matrices[i] + 12 * held[i]) / d
         activations = 21 * kept * (2 * (p - 1 - i) + (v - 1) * p + 1) / v
         if i == p - 1:
             activations += L * (10 * W + 8) / t
@@ -69,7 +74,8 @@ def test_mdlm_70b_on_512(tmp_path, monkeypatch, capsys):
     assert sent["tensor", "gather, scatter"] == pytest.approx(tensor)
     assert sent["pipeline", "send, receive"] == pytest.approx(m * (2 * v - 1) * L * W * 4 / t)
     assert sent["gradients", "scatter"] == pytest.approx(4 * held[0] * (d - 1) / d)
-    assert sent["weights", "gather"] == pytest.approx(2 * held[0] * (d - 1) / d)
+    weights = 4 * held[0] - 2 * matrices[0]
+    assert sent["weights", "gather"] == pytest.approx(weights * (d - 1) / d)
 
     # Time: the slowest stage, which has the head, and the others once. Sums within layers are waited for, and of
     # gradients and weights what takes longer than a micro-batch; two of their ring's members share a node.
@@ -77,7 +83,7 @@ def test_mdlm_70b_on_512(tmp_path, monkeypatch, capsys):
     products = [21 * L * (6 * (4 * W * W + 2 * W * F) + 12 * W * L) / speed] * p
     products[-1] += L * 6 * V * W / speed
     waits = tensor / m / (LINK_SHARE * LINK)
-    rest = 6 * held[0] * (d - 1) / d / (LINK_SHARE * 2 * CARD) - products[0]
+    rest = (4 * held[0] + weights) * (d - 1) / d / (LINK_SHARE * 2 * CARD) - products[0]
     step = m * (products[-1] + waits) + 3 * (products[0] + waits) / v + rest
     assert found["timing"]["step"] == pytest.approx(step, rel=2e-3), "conditioning is left out here"
     assert found["timing"]["bubble"] == pytest.approx((p - 1) / (v * m + p - 1))
@@ -104,7 +110,10 @@ def test_ccdd_8b_on_64(tmp_path, monkeypatch, capsys):
     assert found["parameters"]["total"] == total
 
     memory = found["stages"][0]["memory"]
-    state = 2 * total + 4 * total + 16 * total / d
+    matrices = layers * (4 * W * W + 2 * W * F + 6 * W * C) + TIME * C + C * C
+    matrices += 2 * W * C + V * W + 2 * D * C + D * W + 2 * W * C + D * W  # token head, latent input, latent head
+    weights = 4 * total - 2 * matrices
+    state = weights + 4 * total + (4 * matrices + 12 * total) / d
     assert sum(memory["held"].values()) == pytest.approx(state, rel=1e-6)
     activations = layers * L * (14 * W + 4 * F + 4 * H + 24 * W + 16)
     activations += L * (4 * W + 2 * (6 * W + 8))  # the last state, the norms and inputs of both heads
@@ -113,7 +122,7 @@ def test_ccdd_8b_on_64(tmp_path, monkeypatch, capsys):
 
     sent = {each["kind"]: each for each in found["stages"][0]["traffic"]}
     assert sent["gradients"]["sent"] == pytest.approx(4 * total * (d - 1) / d)
-    assert sent["weights"]["sent"] == pytest.approx(2 * total * (d - 1) / d)
+    assert sent["weights"]["sent"] == pytest.approx(weights * (d - 1) / d)
     cards = LINK_SHARE * min(8 * CARD, LINK)
     assert sent["gradients"]["seconds"] == pytest.approx(4 * total * (d - 1) / d / cards)
 

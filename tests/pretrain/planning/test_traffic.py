@@ -86,25 +86,33 @@ def test_pipeline():
 
 
 @pytest.mark.parametrize(
-    ("engine", "zero", "precision", "per_parameter"),
+    ("engine", "zero", "precision", "of_matrices", "of_others"),
     [  # bytes sent for each parameter over (k - 1) / k, with four micro-batches
-        ("plain", 0, "fp32", 2 * 4),
-        ("plain", 0, "bf16", 2 * 4),
-        ("megatron", 0, "bf16", 4 + 2),
-        ("megatron", 0, "fp32", 4 + 4),
-        ("deepspeed", 0, "fp32", 2 * 4),
-        ("deepspeed", 1, "fp32", 4 + 4),
-        ("deepspeed", 1, "bf16", 2 * 4 + 2),
-        ("deepspeed", 2, "bf16", 4 * 2 + 2),
-        ("deepspeed", 3, "bf16", 4 * 2 + 4 * 2 * 2),
+        ("plain", 0, "fp32", 2 * 4, 2 * 4),
+        ("plain", 0, "bf16", 2 * 4, 2 * 4),
+        ("megatron", 0, "bf16", 4 + 2, 4 + 4),
+        ("megatron", 0, "fp32", 4 + 4, 4 + 4),
+        ("deepspeed", 0, "fp32", 2 * 4, 2 * 4),
+        ("deepspeed", 1, "fp32", 4 + 4, 4 + 4),
+        ("deepspeed", 1, "bf16", 4 + 4, 4 + 4),
+        ("deepspeed", 2, "bf16", 4 * 4 + 4, 4 * 4 + 4),
+        ("deepspeed", 3, "bf16", 4 * 4 + 4 * 2 * 4, 4 * 4 + 4 * 2 * 4),
     ],
 )
-def test_data(engine, zero, precision, per_parameter):
+def test_data(engine, zero, precision, of_matrices, of_others):
     (found,), figures = traffic_of(ParallelConfig(engine=engine, zero=zero), 8, f"run.precision={precision}")
-    size = figures.stages[0].memory.parameters
+    _, objective = build("tiny_mdlm", f"model.num_layers={LAYERS}", vocab_size=96)
+    matrices = sum(
+        p.numel() for name, p in objective.named_parameters() if p.ndim == 2 and "embedding.weight" not in name
+    )
+    others = sum(p.numel() for p in objective.parameters()) - matrices
     sent = sum(traffic.sent for traffic in found.values())
-    assert sent == pytest.approx(per_parameter * size * 7 / 8)
-    assert all(traffic.hidden == (engine != "plain") or traffic.kind == "weights" for traffic in found.values())
+    assert sent == pytest.approx((of_matrices * matrices + of_others * others) * 7 / 8)
+    kinds = {kind for (kind, _), traffic in found.items() if traffic.hidden}
+    hidden = {"plain": set(), "megatron": {"gradients", "weights"}}.get(engine)
+    assert kinds == (
+        {0: {"gradients"}, 1: set(), 2: {"gradients"}, 3: {"gradients", "weights"}}[zero] if hidden is None else hidden
+    )
 
 
 def test_data_goes_over_context_too():
