@@ -15,6 +15,8 @@ USABLE = 0.92
 """Share of a GPU's memory that a plan may count on; the rest is the driver's, NCCL's and lost between allocations."""
 DEEPSPEED_BUCKET = 5e8
 """Elements of DeepSpeed's default buckets for reducing and gathering."""
+DEEPSPEED_SMALL = 1e5
+"""Elements up to which ZeRO 3 keeps a weight whole between uses, by default."""
 LOGIT_BYTES = {"gidd": 20, "duo": 26, "replaid": 22}
 """Bytes held for every logit while the loss is differentiated, as measured. For other objectives PLAIN_LOGIT_BYTES: the
 logits, their log-probabilities, and the gradients after and before the softmax, in float32."""
@@ -194,8 +196,11 @@ def _buffers(load: Load, config: Config, size: int, num_ranks: int) -> float:
     elif plan.engine == "deepspeed":
         bucket = min(DEEPSPEED_BUCKET, size) * FLOAT
         room += bucket * (2 if plan.overlap and plan.zero > 1 else 1)  # one is filled while the other travels
-        # ZeRO 3 has the weights in use and those fetched ahead.
-        room += bucket if plan.zero < 3 else FLOAT * sum(sorted(_by_place(load.parameters).values())[-2:])
+        if plan.zero < 3:
+            room += bucket
+        else:  # the weights in use, those fetched ahead, and small ones, which stay
+            room += FLOAT * sum(sorted(_by_place(load.parameters).values())[-2:])
+            room += FLOAT * sum(p.held for p in load.parameters if p.held <= DEEPSPEED_SMALL)
     if plan.pipeline > 1 and load.costs:
         room += 4 * max(cost.state for cost in load.costs)  # to and from both neighbours
     return room

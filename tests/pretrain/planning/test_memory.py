@@ -137,9 +137,13 @@ def test_offload_leaves_the_gpu():
         assert sum(kept.held.values()) - sum(offloaded.held.values()) == offloaded.host
 
 
-# What is left between two steps, by engine: what it holds all the time but for gradients, which the plain one frees.
-KEPT = {"plain": ("weights", "Adam's moments")}
-MEASURED = [  # (processes, plan, precision); a stage of ZeRO or a split of the pipeline is one more line
+# What is left between two steps, by engine: gradients only where the engine keeps a buffer for them.
+KEPT = {
+    "plain": ("weights", "Adam's moments"),
+    "megatron": ("weights", "gradients", "float32 master weights", "Adam's moments"),
+    "deepspeed": ("weights", "float32 master weights", "Adam's moments"),
+}
+MEASURED = [  # (processes, plan, precision)
     (1, ParallelConfig(), "fp32"),
     (2, ParallelConfig(), "fp32"),
     (2, ParallelConfig(tensor=2), "fp32"),
@@ -151,7 +155,7 @@ MEASURED = [  # (processes, plan, precision); a stage of ZeRO or a split of the 
 
 @pytest.mark.parametrize(("num_processes", "plan", "precision"), MEASURED)
 def test_an_engine_really_holds_so_much(ranks, num_processes, plan, precision):
-    """Weights and optimizer state of every rank, against the formula of its stage: within 1 % (the step counters)."""
+    """Weights and optimizer state of every rank, against the formula of its stage."""
     config = load_config("tiny_mdlm", [*SMALL, f"run.precision={precision}", "training.ema_decay=0"])
     data = plan.data(num_processes)
     batch = replace(config.training, global_batch_size=data, micro_batch_size=1)
@@ -159,8 +163,8 @@ def test_an_engine_really_holds_so_much(ranks, num_processes, plan, precision):
     stages = stages_of(config, num_processes)
     for rank, (weights, held) in enumerate(ranks(memory_bodies.of_engine, num_processes, config, VOCAB)):
         memory = stages[rank // (num_processes // plan.pipeline)].memory
-        assert weights == memory.held["weights"]
-        assert held == pytest.approx(sum(memory.held[name] for name in KEPT[plan.engine]), rel=0.01)
+        assert weights == pytest.approx(memory.held["weights"], rel=0.02), "time embeddings stay float32"
+        assert held == pytest.approx(sum(memory.held.get(name, 0) for name in KEPT[plan.engine]), rel=0.02)
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
