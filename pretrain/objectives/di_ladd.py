@@ -19,6 +19,7 @@ from torch import Tensor
 from braid.data_pipeline.loader import Batch
 from braid.data_pipeline.tokenizers import Tokenizer
 from braid.kernels.random import fold_key
+from braid.parallel.context import WHOLE
 from braid.parallel.layers import ALONE, Region
 from braid.pretrain.config.schema import Config
 from braid.pretrain.diffusion.absorbing import mask_tokens, masked_cross_entropy
@@ -50,6 +51,8 @@ CODE_WORD = 3
 @dataclass(frozen=True, kw_only=True)
 class DiCorrupted(SlotCorrupted):
     """Noised tokens and codes."""
+
+    by_position = (*SlotCorrupted.by_position, "masked_codes")
 
     masked_codes: Tensor
     """bool [B, S]."""
@@ -156,8 +159,8 @@ class DiLADD(LADD):
         """Sums over positions: what belongs to a sequence stands at each of its positions. Diagnostics beside the
         terms of the loss: the perplexity of the codes in use, and how many the last step replaced."""
         nats = self.token_nats(prediction, corrupted.targets, corrupted.masked)
-        code_nats = self.code_nats(prediction, corrupted.latent_targets, corrupted.masked_codes).mean(1)
-        latent_loss = self.latent_scale() * corrupted.latent_weight * code_nats
+        code_nats = self.code_nats(prediction, corrupted.latent_targets, corrupted.masked_codes)
+        latent_loss = self.latent_scale() * corrupted.latent_weight * self.context.mean(code_nats)
         terms = {"token_loss": nats, "latent_loss": latent_loss[:, None].expand_as(nats)}
         if self.latent_encoder is not None:
             terms["commitment_loss"] = self.config.commitment * corrupted.commitment[:, None].expand_as(nats)
@@ -245,6 +248,8 @@ def build(config: Config, tokenizer: Tokenizer, encoder: Encoder | None, region:
     latent_encoder = None
     if ladd.encoder.kind == "learned":
         model = replace(config.model, num_layers=ladd.encoder_layers or config.model.num_layers)
+        # It is part of the corruption, which is of whole sequences everywhere.
+        common["region"] = replace(region, context=WHOLE)
         latent_encoder = LatentEncoder(
             model, **common, mask_id=tokenizer.mask_id, seed=fold_key(seed, "latent_encoder")
         )

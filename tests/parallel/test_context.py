@@ -1,0 +1,137 @@
+"""Attention over divided sequences is that of whole ones, and so is every objective: losses, gradients, direction."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from context_bodies import attention, probes, steps, sums_and_parts
+from tensor_cases import CASES, LENGTH, NUM_SLOTS, batch_and_noise, build, step
+
+from braid.kernels.errors import ConfigError
+from braid.parallel.context import Context, CoreAttention
+from braid.parallel.mesh import Axis
+from braid.pretrain.config.objectives.t5 import T5Config
+from braid.pretrain.config.schema import Config
+from braid.pretrain.objectives.build import build_objective
+
+PATIENCE_S = 300
+SELF, CROSS, JOINT = ((12,), (12,)), ((6,), (18,)), ((12, 6), (12, 6))
+ATTENTIONS = {
+    "self": (SELF, False, False),
+    "one position each": (((3,), (3,)), False, False),
+    "masked": (SELF, True, False),
+    "cross": (CROSS, False, False),
+    "cross, masked": (CROSS, True, False),
+    "two streams": (JOINT, False, False),
+    "two streams, masked": (JOINT, True, False),
+    "causal": (SELF, False, True),
+}
+LAYOUTS = {
+    "context 2": (2, {"context": 2}),
+    "context 2 by gather": (2, {"context": 2, "context_by": "gather"}),
+    "tensor 2 with sequence, context 2": (4, {"tensor": 2, "sequence": True, "context": 2}),
+    "context 4": (4, {"context": 4}),
+    "tensor 2, context 2 by gather": (4, {"tensor": 2, "context": 2, "context_by": "gather"}),
+}
+QUICK = ("context 2", "context 2 by gather", "tensor 2 with sequence, context 2")
+ONE_OF_EACH_NETWORK = ["ar", "mdlm", "ccdd-mdit", "ccdd-mmdit", "ccdd-moedit-1", "replaid", "co_ladd", "elf"]
+
+
+@pytest.mark.parametrize("num_heads", [3, 6])
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_ulysses_is_attention(ranks, name, num_heads):
+    assert max(ranks(attention, 3, "ulysses", num_heads, *ATTENTIONS[name])) < 1e-13
+
+
+@pytest.mark.parametrize("num_heads", [1, 4])  # any number: heads are not divided
+@pytest.mark.parametrize("name", [name for name in ATTENTIONS if name != "causal"])
+def test_gathered_keys_are_attention(ranks, name, num_heads):
+    assert max(ranks(attention, 3, "gather", num_heads, *ATTENTIONS[name])) < 1e-13
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_positions_are_dealt_and_added_up(ranks, size):
+    ranks(sums_and_parts, size)
+
+
+def test_whole_sequences_stay_as_they_are():
+    """On one process, whatever is asked for."""
+    for context in (Context(), Context(Axis("context", 0, 1, None), "gather")):
+        with context.dividing():
+            x = torch.ones(2, 3, 4)
+            assert context.size == 1 and not context.divides and context.sum(x) is x and context.gather(x) is x
+            assert torch.equal(context.part(x), x) and torch.equal(context.mean(x), x.mean(1))
+    assert CoreAttention.context.size == 1
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_all_that_has_positions_is_divided(name):
+    """A field whose dimension 1 is the number of tokens or slots is among those that are cut; and no other."""
+    batch, noise = batch_and_noise()
+    corrupted = build(name).corrupt(batch, noise)
+    lengths = (LENGTH, NUM_SLOTS) if "ladd" in name else (LENGTH,)
+    fields = {field: value for field, value in vars(corrupted).items() if torch.is_tensor(value)}
+    found = {field for field, value in fields.items() if value.ndim > 1 and value.shape[1] in lengths}
+    assert found == set(corrupted.by_position) & fields.keys()
+    context = Context(Axis("context", 1, 2, None))
+    with context.dividing():
+        part = corrupted.part(context)
+    for field, value in fields.items():
+        wanted = value.chunk(2, 1)[1] if field in found else value
+        assert torch.equal(getattr(part, field), wanted), field
+    if corrupted.dropout is not None:
+        assert part.dropout.positions.tolist() == list(range(LENGTH // 2, LENGTH))
+
+
+@cache
+def expected(name: str) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Loss terms and gradients on one process."""
+    return step(build(name))
+
+
+@pytest.fixture(scope="module")
+def measured(ranks):
+    """measured(layout): the results of all cases by rank, run when they are first asked for."""
+
+    def run(layout: str) -> list[dict]:
+        size, fields = LAYOUTS[layout]
+        names = [name for name in CASES if name != "ar" or "context_by" not in fields]
+        return ranks(steps, size, names, fields, timeout_s=PATIENCE_S)
+
+    return cache(run)
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in LAYOUTS]
+)
+@pytest.mark.parametrize("name", CASES)
+def test_losses_and_gradients_are_those_of_one_process(measured, name, layout):
+    """With random weights everywhere; activation checkpointing and dropout in some of the cases."""
+    if name == "ar" and "gather" in layout:
+        pytest.skip("check_plan refuses it")
+    terms, gradients = expected(name)
+    for result in measured(layout):
+        found_terms, found = result[name]
+        assert found_terms == pytest.approx(terms, rel=1e-6, abs=1e-6)
+        assert found.keys() == gradients.keys()
+        for key, gradient in gradients.items():
+            error = float((found[key] - gradient).abs().max() / gradient.abs().max().clamp(min=1e-12))
+            assert error < 1e-5, (key, error)
+
+
+@pytest.mark.parametrize("by", ["ulysses", "gather"])
+def test_the_probe_sees_what_does_not_travel(ranks, by):
+    """The start-up check passes on divided sequences, and fails if nothing is exchanged."""
+    names = [name for name in ONE_OF_EACH_NETWORK if name != "ar" or by == "ulysses"]
+    for said in ranks(probes, 2, names, by, timeout_s=PATIENCE_S):
+        for name, (sound, broken) in said.items():
+            assert sound == "", name
+            assert "does not see" in broken or "sees later" in broken, name
+
+
+def test_t5_is_not_divided():
+    context = Context(Axis("context", 0, 2, None))
+    with pytest.raises(ConfigError, match=r"objective.name=t5, 2 processes on the context axis"):
+        build_objective(Config(objective=T5Config()), None, None, torch.device("cpu"), context=context)
