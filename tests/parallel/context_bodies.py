@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from tensor_cases import LENGTH, build, step
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from braid.kernels.errors import BraidError
+from braid.parallel import context as context_module
 from braid.parallel.context import Context, CoreAttention, divide_attention
 from braid.parallel.data_parallel import World, reduce_gradients
 from braid.parallel.layers import sum_partial_gradients
@@ -35,14 +37,33 @@ def largest_error(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).abs().max())
 
 
-def attention(
-    world: World, by: str, num_heads: int, lengths: tuple[tuple[int, ...], tuple[int, ...]], masked: bool, causal: bool
-) -> float:
-    """The largest error of this rank's outcome and gradients, in float64, against attention of whole sequences.
+SELF, CROSS, JOINT = ((12,), (12,)), ((6,), (18,)), ((12, 6), (12, 6))
+ATTENTIONS = {
+    "self": (SELF, False, False),
+    "one position each": (((3,), (3,)), False, False),
+    "masked": (SELF, True, False),
+    "cross": (CROSS, False, False),
+    "cross, masked": (CROSS, True, False),
+    "two streams": (JOINT, False, False),
+    "two streams, masked": (JOINT, True, False),
+    "causal": (SELF, False, True),
+}
+"""Lengths of the streams that queries, and that keys and values, are made of; whether keys are masked; causal."""
 
-    lengths: of the streams that queries, and that keys and values, are made of.
-    """
+
+def attentions(world: World, by: str, num_heads: int) -> dict[str, float]:
+    """The largest error of this rank's outcome and gradients, in float64, against attention of whole sequences."""
     context = context_of(world, by)
+    return {
+        name: error_of_attention(context, num_heads, *case)
+        for name, case in ATTENTIONS.items()
+        if by == "ulysses" or name != "causal"
+    }
+
+
+def error_of_attention(
+    context: Context, num_heads: int, lengths: tuple[tuple[int, ...], tuple[int, ...]], masked: bool, causal: bool
+) -> float:
     core, whole = CoreAttention(), CoreAttention()
     divide_attention(core, context)
     of_queries, of_keys = lengths
@@ -87,7 +108,7 @@ def sums_and_parts(world: World) -> None:
         assert torch.equal(here, x.chunk(world.size, 1)[rank])
         assert context.size == world.size and context.start(6) == 6 * rank
         assert torch.equal(context.gather(here.detach()), x)
-        assert torch.equal(context.gather((here > 0)), x > 0)
+        assert torch.equal(context.gather(here > 0), x > 0)
         mean = context.mean(here)
         torch.testing.assert_close(mean, x.mean(1))
         # Each goes on with a function of its own: the gradient is that of the sum of all.
@@ -133,24 +154,21 @@ def probes(world: World, names: list[str], by: str) -> dict[str, list[str]]:
     """What the start-up probe says of each case: as it is, and where nothing travels between processes."""
     context, said = context_of(world, by), {}
 
-    def check(network: torch.nn.Module) -> str:
+    def check(name: str) -> str:
         try:
             with context.dividing():
-                check_direction(network, length=LENGTH)
+                check_direction(build(name, context=context).network, length=LENGTH)
         except BraidError as error:
             return str(error)
         return ""
 
+    def own_keys(context: Context, *tensors: Tensor) -> list[Tensor]:
+        return [torch.cat([x] * context.size, 2) for x in tensors]
+
     for name in names:
-        network = build(name, context=context).network
-        said[name] = [check(network)]
-        kept = Axis.all_to_all, Axis.all_gather
-        Axis.all_to_all = lambda self, tensor: tensor
-        if by == "gather":
-            # Of keys and values alone: the probe gathers what it compares.
-            Axis.all_gather = lambda self, tensor, dim: (
-                torch.cat([tensor] * self.size, dim) if tensor.ndim > 4 else kept[1](self, tensor, dim)
-            )
-        said[name].append(check(network))
-        Axis.all_to_all, Axis.all_gather = kept
+        said[name] = [check(name)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Axis, "all_to_all", lambda self, tensor: tensor)
+            patch.setattr(context_module, "_all_positions", own_keys)
+            said[name].append(check(name))
     return said
