@@ -65,7 +65,10 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
         DROPOUT,
     ),
     "di_ladd": (DiLADDConfig(encoder=ENCODER, num_slots=NUM_SLOTS, codebook_size=8), {}),
-    "di_ladd-learned": (DiLADDConfig(encoder=LEARNED, num_slots=NUM_SLOTS, codebook_size=8), DROPOUT),
+    "di_ladd-learned": (
+        DiLADDConfig(encoder=LEARNED, num_slots=NUM_SLOTS, codebook_size=8),
+        DROPOUT | RECOMPUTED,
+    ),
     "elf": (ELFConfig(encoder=ENCODER, decode_probability=0.5, bottleneck=4), RECOMPUTED),
 }
 
