@@ -26,9 +26,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from braid.kernels.attention import attention
 from braid.parallel.mesh import Axis
 
 
@@ -88,15 +88,14 @@ class Context:
         return self.sum(x.sum(dim)) / (x.shape[dim] * self.size)
 
 
-WHOLE = Context()
+UNDIVIDED = Context()
 """Sequences that are never divided."""
 
 
 class CoreAttention(nn.Module):
-    """softmax(q k^T / sqrt K) v over the whole sequence, however it is divided. The one place where attention is
-    computed."""
+    """softmax(q k^T / sqrt K) v over the whole sequence, however it is divided: every attention of the house."""
 
-    context = WHOLE
+    context = UNDIVIDED
 
     def forward(
         self,
@@ -115,12 +114,11 @@ class CoreAttention(nn.Module):
         """
         context = self.context
         if context.size == 1:
-            return F.scaled_dot_product_attention(q_BHlK, k_BHlK, v_BHlK, attn_mask=keys, is_causal=causal)
+            return attention(q_BHlK, k_BHlK, v_BHlK, keys, causal)
         if context.by == "gather":
             assert not causal, "check_plan refuses it"
-            return F.scaled_dot_product_attention(q_BHlK, *_all_positions(context, k_BHlK, v_BHlK), attn_mask=keys)
-        qkv = _some_heads(context, q_BHlK, k_BHlK, v_BHlK)
-        return _all_heads(context, F.scaled_dot_product_attention(*qkv, attn_mask=keys, is_causal=causal))
+            return attention(q_BHlK, *_all_positions(context, k_BHlK, v_BHlK), keys)
+        return _all_heads(context, attention(*_some_heads(context, q_BHlK, k_BHlK, v_BHlK), keys, causal))
 
 
 def divide_attention(module: nn.Module, context: Context) -> None:

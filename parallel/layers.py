@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from braid.kernels.capabilities import require
 from braid.kernels.errors import ConfigError
-from braid.parallel.context import WHOLE, Context
+from braid.parallel.context import UNDIVIDED, Context
 from braid.parallel.data_parallel import reduce_gradients
 from braid.parallel.mesh import Axis
 
@@ -119,7 +119,7 @@ class Region:
     axis: Axis | None = None
     sequence: bool = False
     """Divide the hidden states along the positions."""
-    context: Context = WHOLE
+    context: Context = UNDIVIDED
     """How sequences are divided."""
 
     @property

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from braid.kernels.random import dropout_keep, fold_key
-from braid.parallel.context import WHOLE, Context
+from braid.parallel.context import UNDIVIDED, Context
 from braid.parallel.layers import ALONE, Region
 from braid.pretrain.config.objectives.ccdd import ExpertsConfig
 from braid.pretrain.config.schema import ModelConfig
@@ -188,7 +188,7 @@ class Experts(nn.Module):
         return torch.baddbmm(bias[:, None], tiles, weight.transpose(1, 2))
 
 
-def balance_loss(routing: Routing, counted_BL: Tensor, context: Context = WHOLE) -> Tensor:
+def balance_loss(routing: Routing, counted_BL: Tensor, context: Context = UNDIVIDED) -> Tensor:
     """E sum_e f_e p_e for every sequence, float32 [B], averaged over the layers: 1 where the load is even, E where one
     expert gets all (Switch, arXiv 2101.03961). f_e is the share of choices that fell on expert e and p_e its mean
     probability, over the positions that count (bool [B, L]) of both strands. By sequence, so that micro-batches do not

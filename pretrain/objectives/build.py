@@ -11,7 +11,7 @@ from torch import Tensor
 from braid.data_pipeline.corpus import TokenCorpus
 from braid.data_pipeline.tokenizers import Tokenizer
 from braid.kernels.random import fold_key
-from braid.parallel.context import WHOLE, Context
+from braid.parallel.context import UNDIVIDED, Context
 from braid.parallel.data_parallel import World
 from braid.parallel.layers import Region
 from braid.parallel.mesh import Axis
@@ -31,7 +31,7 @@ def build_objective(
     device: torch.device,
     tensor: Axis | None = None,
     sequence: bool = False,
-    context: Context = WHOLE,
+    context: Context = UNDIVIDED,
 ) -> Objective:
     """The objective of `config.objective` on `device`; its initial weights depend on (seed, parameter name) alone.
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from braid.data_pipeline.loader import Batch
 from braid.data_pipeline.tokenizers import Tokenizer
 from braid.kernels.random import fold_key
-from braid.parallel.context import WHOLE
 from braid.parallel.layers import ALONE, Region
 from braid.pretrain.config.schema import Config
 from braid.pretrain.diffusion.absorbing import mask_tokens, masked_cross_entropy
@@ -248,8 +247,6 @@ def build(config: Config, tokenizer: Tokenizer, encoder: Encoder | None, region:
     latent_encoder = None
     if ladd.encoder.kind == "learned":
         model = replace(config.model, num_layers=ladd.encoder_layers or config.model.num_layers)
-        # It is part of the corruption, which is of whole sequences everywhere.
-        common["region"] = replace(region, context=WHOLE)
         latent_encoder = LatentEncoder(
             model, **common, mask_id=tokenizer.mask_id, seed=fold_key(seed, "latent_encoder")
         )

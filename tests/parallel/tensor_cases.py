@@ -13,7 +13,7 @@ import torch
 
 from braid.data_pipeline.loader import Batch
 from braid.kernels.random import fold_key, initial_normal
-from braid.parallel.context import WHOLE, Context
+from braid.parallel.context import UNDIVIDED, Context
 from braid.parallel.layers import set_whole, whole_shape
 from braid.parallel.mesh import Axis
 from braid.pretrain.config.objectives.ar import ARConfig
@@ -77,7 +77,7 @@ def build(
     name: str,
     tensor: Axis | None = None,
     sequence: bool = False,
-    context: Context = WHOLE,
+    context: Context = UNDIVIDED,
     *,
     randomise: bool = True,
     **model,
