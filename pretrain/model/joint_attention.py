@@ -159,6 +159,11 @@ class JointDenoiser(Network):
             for block in self.blocks:
                 block.compile()
 
+    @property
+    def slots_here(self) -> int:
+        """How many slots the network is given: all, or a part where sequences are divided."""
+        return self.num_slots // self.region.context.size
+
     def initial_rule(self, name: str, shape: torch.Size) -> float | None:
         return {"slot_embedding": 0.02, "latent_mask": 0.0}.get(name)
 
@@ -193,8 +198,7 @@ class JointDenoiser(Network):
     ) -> tuple[Tensor, Tensor]:
         """Hidden states of both streams after the last block."""
         config, context = self.config, self.region.context
-        num_slots = self.num_slots // context.size
-        assert latents_BSD.shape[1:] == (num_slots, self.latent_dim), "the latents do not fit the network"
+        assert latents_BSD.shape[1:] == (self.slots_here, self.latent_dim), "the latents do not fit the network"
         x_BLW, y_BSW = self.token_embedding(tokens_BL), self.latent_input(self.region.enter(latents_BSD))
         if self.latent_positions == "learned":
             y_BSW = y_BSW + self.region.enter(context.part(self.slot_embedding[None]))
@@ -223,14 +227,13 @@ class JointDenoiser(Network):
     ) -> tuple[Tensor, Tensor]:
         """One block with its dropout; what activation checkpointing runs again, masks included."""
         width, region = self.config.width, self.region
-        num_slots = self.num_slots // region.context.size
-        keep = block.dropout_masks(dropout, width, num_slots, region) if dropout else None
+        keep = block.dropout_masks(dropout, width, self.slots_here, region) if dropout else None
         return block(x_BLW, y_BSW, c_BC, rope, keep)
 
     def rope(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Rotary tables of `length` tokens and of the slots beside them, [L + S, K/2] each."""
         context, head_dim, base = self.region.context, self.config.width // self.config.num_heads, self.config.rope_base
-        num_slots = self.num_slots // context.size
+        num_slots = self.slots_here
         tokens = rope_tables(length, head_dim, base, device, start=context.start(length))
         if self.latent_positions == "learned":
             return F.pad(tokens[0], (0, 0, 0, num_slots), value=1.0), F.pad(tokens[1], (0, 0, 0, num_slots))
@@ -241,8 +244,7 @@ class JointDenoiser(Network):
 
     def probe(self, tokens_BL: Tensor) -> Tensor:
         times_B = torch.full((len(tokens_BL),), 0.5, device=tokens_BL.device)
-        num_slots = self.num_slots // self.region.context.size
-        latents_BSD = torch.zeros(len(tokens_BL), num_slots, self.latent_dim, device=tokens_BL.device)
+        latents_BSD = torch.zeros(len(tokens_BL), self.slots_here, self.latent_dim, device=tokens_BL.device)
         return self.trunk(tokens_BL, latents_BSD, self.condition(times_B, times_B))[0]
 
     def training_flops(self, sequence_length: int) -> TrainingFlops:

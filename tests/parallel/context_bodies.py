@@ -118,14 +118,16 @@ def sums_and_parts(world: World) -> None:
     assert context.size == 1
 
 
-def steps(world: World, names: list[str], fields: dict[str, Any]) -> dict[str, tuple[dict[str, float], dict]]:
+def steps(
+    world: World, names: list[str], fields: dict[str, Any], precision: str = "fp32"
+) -> dict[str, tuple[dict[str, float], dict]]:
     """A step of each case: the terms of the loss and the whole gradients, added up as the trainer does."""
     plan = ParallelConfig(**fields)
     mesh, results = build_mesh(world, plan), {}
     for name in names:
         objective = build(name, mesh.tensor, plan.sequence, Context(mesh.context, plan.context_by))
         lengths = watch(objective.network)
-        terms, _ = step(objective)
+        terms, _ = step(objective, precision)
         prefix = NUM_PREFIX if name == "elf" else 0
         assert LENGTH // plan.context in lengths and max(lengths) <= (LENGTH + prefix) // plan.context, (name, lengths)
         parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]

@@ -110,6 +110,20 @@ def test_losses_and_gradients_are_those_of_one_process(measured, name, layout):
 
 
 @pytest.mark.parametrize("by", ["ulysses", "gather"])
+def test_bf16_is_as_near_as_bf16_is(ranks, by):
+    """Under autocast, where bfloat16 travels; and the weights' gradients stay float32."""
+    names = ["mdlm", "ccdd-mmdit", "elf"]
+    for results in ranks(steps, 2, names, {"context": 2, "context_by": by}, "bf16", timeout_s=PATIENCE_S):
+        for name in names:
+            terms, gradients = step(build(name), "bf16")
+            found_terms, found = results[name]
+            assert found_terms == pytest.approx(terms, rel=0.02, abs=0.02), name
+            for key, gradient in gradients.items():
+                assert found[key].dtype == torch.float32
+                assert float((found[key] - gradient).norm() / gradient.norm()) < 0.1, (name, key)
+
+
+@pytest.mark.parametrize("by", ["ulysses", "gather"])
 def test_the_probe_sees_what_does_not_travel(ranks, by):
     """The start-up check passes on divided sequences, and fails if nothing is exchanged."""
     names = [name for name in ONE_OF_EACH_NETWORK if name != "ar" or by == "ulysses"]
