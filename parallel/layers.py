@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from braid.kernels.capabilities import require
 from braid.kernels.errors import ConfigError
+from braid.parallel.context import UNDIVIDED, Context
 from braid.parallel.data_parallel import reduce_gradients
 from braid.parallel.mesh import Axis
 
@@ -111,12 +112,15 @@ def sum_partial_gradients(parameters: Iterable[nn.Parameter], axis: Axis) -> Non
 class Region:
     """The part of a network, from the embedding to the heads, whose work the processes of the tensor axis divide.
 
-    Positions are dimension 1 of every tensor here. On one process all methods return what they are given.
+    Positions are dimension 1 of every tensor here; where sequences are divided among processes of the context axis,
+    all positions L are those of this process of that axis. On one process all methods return what they are given.
     """
 
     axis: Axis | None = None
     sequence: bool = False
     """Divide the hidden states along the positions."""
+    context: Context = UNDIVIDED
+    """How sequences are divided."""
 
     @property
     def size(self) -> int:
@@ -169,7 +173,7 @@ class Region:
         return x.shape[1] * (self.size if self.divided else 1)
 
     def positions(self, x_L: Tensor) -> Tensor:
-        """This process's of a list of all positions."""
+        """This process's of a list of all positions that hidden states would have here if they were not divided."""
         return x_L.chunk(self.size)[self.axis.rank] if self.divided else x_L
 
     @torch.compiler.disable

@@ -67,6 +67,27 @@ class Axis:
             dist.all_gather(pieces, tensor.contiguous(), group=self.group)
         return torch.cat(pieces, dim)
 
+    def all_to_all(self, tensor: Tensor) -> Tensor:
+        """Piece i of this process, along dimension 0, goes to position i; what comes out is laid out by where it came
+        from. Done twice, everything is back. Not differentiable."""
+        if not self.grouped:
+            return tensor
+        tensor = tensor.contiguous()
+        received = torch.empty_like(tensor)
+        with self._named("all-to-all"):
+            dist.all_to_all_single(received, tensor, group=self.group)
+        return received
+
+    def reduce_scatter(self, tensor: Tensor) -> Tensor:
+        """Of the sum along the axis this process's piece of dimension 0. Not differentiable."""
+        if not self.grouped:
+            return tensor
+        tensor = tensor.contiguous()
+        piece = tensor.new_empty(len(tensor) // self.size, *tensor.shape[1:])
+        with self._named("sum"):
+            dist.reduce_scatter_tensor(piece, tensor, group=self.group)
+        return piece
+
     @contextmanager
     def _named(self, what: str) -> Iterator[None]:
         """Turn the backend's complaint about a neighbour into an error that says which rank met it, on which axis."""

@@ -76,6 +76,8 @@ class PlanFacts:
     mlp_width: int
     sequence_length: int
     """Positions of a row in the network."""
+    prefix_length: int = 0
+    """Of these, the ones before the text; context parallelism divides both by themselves."""
     global_batch_size: int
     micro_batch_size: int
     precision: str = "bf16"
@@ -183,7 +185,9 @@ def _mlp(plan: ParallelConfig, facts: PlanFacts, world: int) -> Told:
 
 
 def _context(plan: ParallelConfig, facts: PlanFacts, world: int) -> Told:
-    found = _uneven(facts, plan.context, f"context {plan.context}")
+    text, prefix = facts.sequence_length - facts.prefix_length, facts.prefix_length
+    streams = (text, "positions"), (prefix, "positions before the text"), (facts.num_slots, "latent slots")
+    found = _uneven(streams, plan.context, f"context {plan.context}")
     return found and (
         "parallel.context must divide the sequence: a process holds as many positions as any other",
         found,
@@ -205,7 +209,8 @@ def _sequence(plan: ParallelConfig, facts: PlanFacts, world: int) -> Told:
     if plan.tensor == 1:
         message = "parallel.sequence divides activations among the processes of the tensor axis, and there is only one"
         return message, "parallel.sequence = true, parallel.tensor = 1"
-    found = _uneven(facts, plan.tensor * plan.context, f"tensor {plan.tensor} x context {plan.context}")
+    streams = (facts.sequence_length, "positions"), (facts.num_slots, "latent slots")
+    found = _uneven(streams, plan.tensor * plan.context, f"tensor {plan.tensor} x context {plan.context}")
     return found and ("parallel.sequence needs a sequence that tensor x context divides", found)
 
 
@@ -366,9 +371,9 @@ def _units(facts: PlanFacts) -> str:
     return f"{facts.num_layers} blocks" + (f" = {facts.num_units} pairs" if facts.alternates else "")
 
 
-def _uneven(facts: PlanFacts, size: int, divisor: str) -> str:
-    """The arithmetic of the first sequence that `size` does not divide; empty where it divides them all."""
-    for number, what in ((facts.sequence_length, "positions"), (facts.num_slots, "latent slots")):
+def _uneven(streams: Iterable[tuple[int, str]], size: int, divisor: str) -> str:
+    """The arithmetic of the first stream of positions that `size` does not divide; empty where it divides them all."""
+    for number, what in streams:
         if number % size:
             return _quotient(f"{number} {what}", number, divisor, size)
     return ""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from braid.kernels.random import dropout_keep, fold_key
+from braid.parallel.context import CoreAttention
 from braid.parallel.layers import ALONE, Columns, Region, Rows
 from braid.pretrain.config.schema import ModelConfig
 from braid.pretrain.model.conditioning import LayerNorm, Modulation, modulate
@@ -78,6 +79,7 @@ class Attention(nn.Module):
         self.head_dim, self.causal, self.layer = width // num_heads, causal, layer
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
+        self.core = CoreAttention()
 
     def forward(self, x_BLW: Tensor, rope: tuple[Tensor, Tensor], cache: KeyValueCache | None = None) -> Tensor:
         # The rows of qkv are (q, k, v) x head x head dimension, the order of the published checkpoints.
@@ -89,7 +91,7 @@ class Attention(nn.Module):
             seen = k_BHLK.shape[2] - q_BHLK.shape[2]
             # A triangle that is aligned with the last position: only the first call and single positions are asked for.
             assert seen == 0 or q_BHLK.shape[2] == 1, "a cache is extended by one position at a time"
-        x_BHLK = F.scaled_dot_product_attention(q_BHLK, k_BHLK, v_BHLK, is_causal=self.causal and seen == 0)
+        x_BHLK = self.core(q_BHLK, k_BHLK, v_BHLK, causal=self.causal and seen == 0)
         return self.out(x_BHLK.transpose(1, 2).flatten(2))
 
 
@@ -174,8 +176,9 @@ def block_runner(
     """What runs one of `blocks` on the state before it, and returns all that the block does: with RoPE from position 0
     (after those in `cache`), dropout in training, and activation checkpointing, as `model` says. `x_BLW` is the state
     before the first block, [B, L, W] or with strands [B, L, S, W]; where `region` divides it, RoPE is for all L
-    positions, which attention sees, and dropout for those that are here."""
-    start, length = cache.length if cache is not None else 0, region.length(x_BLW)
+    positions, which attention gets, and dropout for those that are here."""
+    length = region.length(x_BLW)
+    start = cache.length if cache is not None else region.context.start(length)
     rope = rope_tables(length, model.width // model.num_heads, model.rope_base, x_BLW.device, start=start)
     if blocks.training and model.dropout > 0:
         assert dropout is not None, "dropout in training needs its key"

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from braid.kernels import random
 from braid.kernels.norms import rms_norm
+from braid.parallel.context import CoreAttention
 from braid.parallel.layers import ALONE, Columns, Region, Rows, set_whole, whole_shape
 from braid.pretrain.config.schema import ModelConfig
 from braid.pretrain.model.blocks import rope_tables
@@ -107,6 +108,7 @@ class ELFNetwork(Network):
         self, z_BLD: Tensor, estimate_BLD: Tensor, tau_B: Tensor, guidance_B: Tensor, decode_B: Tensor, valid_BL: Tensor
     ) -> Tensor:
         """Hidden states of the text [B, L, W] after the last block, float32."""
+        context = self.region.context
         with torch.autocast(z_BLD.device.type, enabled=False):
             x_BLD = self.self_condition(torch.cat([z_BLD, estimate_BLD], dim=-1))
             x_BLW = self.input(self.bottleneck(x_BLD))
@@ -118,10 +120,12 @@ class ELFNetwork(Network):
                 ],
                 dim=1,
             )
-            x_BNW = self.region.enter(torch.cat([prefix_B12W, x_BLW], dim=1))
-        model, length, device = self.config, z_BLD.shape[1], z_BLD.device
-        rope = prefixed_rope_tables(length, model.width // model.num_heads, model.rope_base, device)
-        keys_B11N = F.pad(valid_BL, (NUM_PREFIX, 0), value=True)[:, None, None]
+            prefix_BPW = context.part(prefix_B12W)
+            x_BNW = self.region.enter(torch.cat([prefix_BPW, x_BLW], dim=1))
+        model, (length, num_prefix) = self.config, (z_BLD.shape[1], prefix_BPW.shape[1])
+        head_dim, start = model.width // model.num_heads, context.start(length)
+        rope = prefixed(rope_tables(length, head_dim, model.rope_base, z_BLD.device, start=start), num_prefix)
+        keys_B11N = context.gather(F.pad(valid_BL, (num_prefix, 0), value=True))[:, None, None]
         recompute = model.activation_checkpointing == "block" and torch.is_grad_enabled()
         for block in self.blocks:
             if recompute:
@@ -129,7 +133,7 @@ class ELFNetwork(Network):
                 x_BNW = checkpoint(block, x_BNW, rope, keys_B11N, **flags)
             else:
                 x_BNW = block(x_BNW, rope, keys_B11N)
-        return self.region.leave(x_BNW)[:, NUM_PREFIX:]
+        return self.region.leave(x_BNW)[:, num_prefix:]
 
     def probe(self, tokens_BL: Tensor) -> Tensor:
         """There is no token table: each token gets a fixed random latent vector."""
@@ -200,13 +204,14 @@ class NormedAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.query_norm, self.key_norm = RMSNorm(self.head_dim), RMSNorm(self.head_dim)
         self.out = nn.Linear(width, width)
+        self.core = CoreAttention()
 
     def forward(self, x_BNW: Tensor, rope: tuple[Tensor, Tensor], keys_B11N: Tensor) -> Tensor:
         q_BHNK, k_BHNK, v_BHNK = self.qkv(x_BNW).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
         q_BHNK = rotate_pairs(self.query_norm(q_BHNK), *rope).to(v_BHNK.dtype)
         k_BHNK = rotate_pairs(self.key_norm(k_BHNK), *rope).to(v_BHNK.dtype)
         # Scores and softmax are float32 inside, whatever the dtype of the operands.
-        x_BHNK = F.scaled_dot_product_attention(q_BHNK, k_BHNK, v_BHNK, attn_mask=keys_B11N)
+        x_BHNK = self.core(q_BHNK, k_BHNK, v_BHNK, keys=keys_B11N)
         return self.out(x_BHNK.transpose(1, 2).flatten(2))
 
 
@@ -283,10 +288,10 @@ def swiglu_width(model: ModelConfig) -> int:
     return int(model.width * model.mlp_ratio * 2 / 3)
 
 
-def prefixed_rope_tables(length: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin [12 + L, K/2]: the text counts from position 0, the tokens before it are not rotated."""
-    cos_LK, sin_LK = rope_tables(length, head_dim, base, device)
-    return F.pad(cos_LK, (0, 0, NUM_PREFIX, 0), value=1.0), F.pad(sin_LK, (0, 0, NUM_PREFIX, 0))
+def prefixed(text: tuple[Tensor, Tensor], num_prefix: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of the tokens before the text, which are not rotated, and of the text."""
+    cos_LK, sin_LK = text
+    return F.pad(cos_LK, (0, 0, num_prefix, 0), value=1.0), F.pad(sin_LK, (0, 0, num_prefix, 0))
 
 
 def rotate_pairs(x_BHNK: Tensor, cos_NK: Tensor, sin_NK: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from braid.parallel.context import CoreAttention
 from braid.parallel.layers import ALONE, Columns, Region, Rows
 from braid.pretrain.config.schema import ModelConfig
 from braid.pretrain.model.blocks import Block, DropoutKey, rope_tables, rotate
@@ -44,6 +45,7 @@ class JointBlock(nn.Module):
         super().__init__()
         self.tokens = Block(model, layer, causal=False)
         self.latents = Block(model, layer, causal=False)
+        self.core = CoreAttention()
 
     def forward(
         self,
@@ -62,7 +64,7 @@ class JointBlock(nn.Module):
         ]
         head_dim = self.tokens.attention.head_dim
         q_BHNK, k_BHNK, v_BHNK = torch.cat(qkv, dim=1).unflatten(-1, (3, -1, head_dim)).permute(2, 0, 3, 1, 4)
-        mixed_BHNK = F.scaled_dot_product_attention(rotate(q_BHNK, *rope), rotate(k_BHNK, *rope), v_BHNK)
+        mixed_BHNK = self.core(rotate(q_BHNK, *rope), rotate(k_BHNK, *rope), v_BHNK)
         updates = mixed_BHNK.transpose(1, 2).flatten(2).split([h.shape[1] for h in qkv], dim=1)
         x_BLW, y_BSW = (
             _advance(*stream) for stream in zip(blocks, states, updates, modulations, keep or (None, None), strict=True)
@@ -72,10 +74,12 @@ class JointBlock(nn.Module):
     def dropout_masks(
         self, dropout: DropoutKey, width: int, num_slots: int, region: Region = ALONE
     ) -> tuple[Masks, Masks]:
-        """The masks of both streams: slots are the positions after the tokens. Where `region` divides the streams,
-        those of the positions that are here."""
-        after = dropout.positions[-1] + 1 + torch.arange(num_slots, device=dropout.positions.device)
-        tokens, slots = (replace(dropout, positions=region.positions(at)) for at in (dropout.positions, after))
+        """The masks of both streams: slots are the positions after the tokens. Where sequences are divided, `dropout`
+        and `num_slots` are about those that are here, and `region` may divide them again."""
+        here, context = dropout.positions, region.context
+        first = len(here) * context.size + context.start(num_slots)
+        after = torch.arange(first, first + num_slots, device=here.device)
+        tokens, slots = (replace(dropout, positions=region.positions(at)) for at in (here, after))
         return self.tokens.dropout_masks(tokens, width), self.latents.dropout_masks(slots, width)
 
 
@@ -155,6 +159,11 @@ class JointDenoiser(Network):
             for block in self.blocks:
                 block.compile()
 
+    @property
+    def slots_here(self) -> int:
+        """How many slots the network is given: all, or a part where sequences are divided."""
+        return self.num_slots // self.region.context.size
+
     def initial_rule(self, name: str, shape: torch.Size) -> float | None:
         return {"slot_embedding": 0.02, "latent_mask": 0.0}.get(name)
 
@@ -188,11 +197,11 @@ class JointDenoiser(Network):
         self, tokens_BL: Tensor, latents_BSD: Tensor, c_BC: Tensor, dropout: DropoutKey | None = None
     ) -> tuple[Tensor, Tensor]:
         """Hidden states of both streams after the last block."""
-        assert latents_BSD.shape[1:] == (self.num_slots, self.latent_dim), "the latents do not fit the network"
-        config = self.config
+        config, context = self.config, self.region.context
+        assert latents_BSD.shape[1:] == (self.slots_here, self.latent_dim), "the latents do not fit the network"
         x_BLW, y_BSW = self.token_embedding(tokens_BL), self.latent_input(self.region.enter(latents_BSD))
         if self.latent_positions == "learned":
-            y_BSW = y_BSW + self.region.enter(self.slot_embedding[None])
+            y_BSW = y_BSW + self.region.enter(context.part(self.slot_embedding[None]))
         rope = self.rope(tokens_BL.shape[1], tokens_BL.device)
         if self.training and config.dropout > 0:
             assert dropout is not None, "dropout in training needs its key"
@@ -218,20 +227,24 @@ class JointDenoiser(Network):
     ) -> tuple[Tensor, Tensor]:
         """One block with its dropout; what activation checkpointing runs again, masks included."""
         width, region = self.config.width, self.region
-        keep = block.dropout_masks(dropout, width, self.num_slots, region) if dropout else None
+        keep = block.dropout_masks(dropout, width, self.slots_here, region) if dropout else None
         return block(x_BLW, y_BSW, c_BC, rope, keep)
 
     def rope(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Rotary tables of tokens and slots, [L + S, K/2] each."""
-        head_dim, num_slots = self.config.width // self.config.num_heads, self.num_slots
-        if self.latent_positions == "rope":
-            return rope_tables(length + num_slots, head_dim, self.config.rope_base, device)
-        cos, sin = rope_tables(length, head_dim, self.config.rope_base, device)
-        return F.pad(cos, (0, 0, 0, num_slots), value=1.0), F.pad(sin, (0, 0, 0, num_slots))
+        """Rotary tables of `length` tokens and of the slots beside them, [L + S, K/2] each."""
+        context, head_dim, base = self.region.context, self.config.width // self.config.num_heads, self.config.rope_base
+        num_slots = self.slots_here
+        tokens = rope_tables(length, head_dim, base, device, start=context.start(length))
+        if self.latent_positions == "learned":
+            return F.pad(tokens[0], (0, 0, 0, num_slots), value=1.0), F.pad(tokens[1], (0, 0, 0, num_slots))
+        first = length * context.size + context.start(num_slots)
+        slots = rope_tables(num_slots, head_dim, base, device, start=first)
+        cos, sin = (torch.cat(pair) for pair in zip(tokens, slots, strict=True))
+        return cos, sin
 
     def probe(self, tokens_BL: Tensor) -> Tensor:
         times_B = torch.full((len(tokens_BL),), 0.5, device=tokens_BL.device)
-        latents_BSD = torch.zeros(len(tokens_BL), self.num_slots, self.latent_dim, device=tokens_BL.device)
+        latents_BSD = torch.zeros(len(tokens_BL), self.slots_here, self.latent_dim, device=tokens_BL.device)
         return self.trunk(tokens_BL, latents_BSD, self.condition(times_B, times_B))[0]
 
     def training_flops(self, sequence_length: int) -> TrainingFlops:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from braid.parallel.context import UNDIVIDED
 from braid.parallel.layers import ALONE, Region, Rows
 from braid.pretrain.config.schema import ModelConfig
 from braid.pretrain.model.blocks import Block, DropoutKey, run_blocks
@@ -39,7 +41,8 @@ class LatentEncoder(Network):
     ) -> None:
         super().__init__()
         self.config, self.vocab_size, self.mask_id = model, vocab_size, mask_id
-        self.num_slots, self.latent_dim, self.region = num_slots, latent_dim, region
+        self.num_slots, self.latent_dim = num_slots, latent_dim
+        self.region = replace(region, context=UNDIVIDED)  # it is part of the corruption, which is of whole sequences
         device = torch.get_default_device()
         with torch.device("meta"):
             self.token_embedding = nn.Embedding(vocab_size, model.width)

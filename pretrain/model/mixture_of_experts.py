@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from braid.kernels.random import dropout_keep, fold_key
+from braid.parallel.context import UNDIVIDED, Context
 from braid.parallel.layers import ALONE, Region
 from braid.pretrain.config.objectives.ccdd import ExpertsConfig
 from braid.pretrain.config.schema import ModelConfig
@@ -187,14 +188,14 @@ class Experts(nn.Module):
         return torch.baddbmm(bias[:, None], tiles, weight.transpose(1, 2))
 
 
-def balance_loss(routing: Routing, counted_BL: Tensor) -> Tensor:
+def balance_loss(routing: Routing, counted_BL: Tensor, context: Context = UNDIVIDED) -> Tensor:
     """E sum_e f_e p_e for every sequence, float32 [B], averaged over the layers: 1 where the load is even, E where one
     expert gets all (Switch, arXiv 2101.03961). f_e is the share of choices that fell on expert e and p_e its mean
     probability, over the positions that count (bool [B, L]) of both strands. By sequence, so that micro-batches do not
     matter; over both strands, so that each may have an expert of its own."""
-    weight_BL = counted_BL.float() / counted_BL.sum(1, keepdim=True).clamp(min=1)
-    share_BNE = torch.einsum("bl,blsne->bne", weight_BL, routing.chosen.float())
-    probability_BNE = torch.einsum("bl,blsne->bne", weight_BL, routing.probabilities)
+    weight_BL = counted_BL.float() / context.sum(counted_BL.sum(1, keepdim=True)).clamp(min=1)
+    share_BNE = context.sum(torch.einsum("bl,blsne->bne", weight_BL, routing.chosen.float()))
+    probability_BNE = context.sum(torch.einsum("bl,blsne->bne", weight_BL, routing.probabilities))
     share_BNE = share_BNE / share_BNE.sum(-1, keepdim=True).clamp(min=1e-9)
     num_strands, num_experts = routing.probabilities.shape[2], routing.probabilities.shape[-1]
     return num_experts * (share_BNE * probability_BNE / num_strands).sum(-1).mean(-1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from braid.kernels.errors import ConfigError
+from braid.parallel.context import divide_attention
 from braid.parallel.layers import ALONE, Columns, Region, Rows, mark_parameters, shard_layers, whole_shape
 from braid.parallel.vocabulary import Vocabulary
 from braid.pretrain.model.flops import TrainingFlops
@@ -29,7 +30,7 @@ class Network(nn.Module):
     """Whether position i may see positions above i."""
     vocab_size: int
     region: Region = ALONE
-    """The processes that divide the work of this network, set before `materialise`."""
+    """The processes that divide the work of this network, and its sequences, set before `materialise`."""
     parts: ClassVar[dict[str, str]] = {}
     """First component of a parameter's name -> `blocks`, `embedding` or `heads`; all else counts as `other`."""
     divided: ClassVar[dict[str, Columns | Rows]] = {}
@@ -43,7 +44,8 @@ class Network(nn.Module):
         return Vocabulary(self.vocab_size, self.region.axis)
 
     def probe(self, tokens_BL: Tensor) -> Tensor:
-        """Hidden states [B, L, W] after the last block, everything beside the tokens neutral (times 1/2, latents 0)."""
+        """Hidden states [B, L, W] after the last block, everything beside the tokens neutral (times 1/2, latents 0);
+        of the positions that are here, where sequences are divided."""
         raise NotImplementedError
 
     def training_flops(self, sequence_length: int) -> TrainingFlops:
@@ -62,6 +64,7 @@ class Network(nn.Module):
         Layers that are divided are so from here on, and this process never holds the whole of them. Raises ConfigError
         where the heads do not divide.
         """
+        divide_attention(self, self.region.context)
         if self.region.size > 1:
             self._check_heads()
             shard_layers(self, self.region)

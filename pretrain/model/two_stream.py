@@ -12,10 +12,10 @@ from collections.abc import Iterable
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from braid.kernels.random import dropout_keep, fold_key
+from braid.parallel.context import CoreAttention
 from braid.parallel.layers import Columns, Rows
 from braid.pretrain.config.schema import ModelConfig
 from braid.pretrain.model.blocks import MLP, Attention, Block, DropoutKey, run_blocks
@@ -117,6 +117,7 @@ class Stream(nn.Module):
         self.cross_norm = LayerNorm(width)
         self.cross_qkv = nn.Linear(width, 3 * width, bias=False)
         self.cross_out = nn.Linear(width, width, bias=False)
+        self.cross_core = CoreAttention()
         self.mlp_norm = LayerNorm(width)
         self.mlp = MLP(width, hidden_width(model))
 
@@ -137,7 +138,7 @@ class Stream(nn.Module):
         self, x_BLW: Tensor, vectors: Vectors, qkv: tuple[Tensor, Tensor, Tensor], keep: Tensor | None
     ) -> Tensor:
         """Cross-attention: this stream's queries, the other's keys and values."""
-        heads_BHLK = F.scaled_dot_product_attention(*qkv)
+        heads_BHLK = self.cross_core(*qkv)
         update_BLW = self.cross_out(heads_BHLK.transpose(1, 2).flatten(2))
         return x_BLW + vectors[5] * drop(update_BLW, keep, self.dropout)
 

@@ -1,18 +1,20 @@
 """What every objective provides; the training loop, evaluation and samplers know nothing more of it.
 
     corrupt(batch, noise) -> Corrupted      pure: the same for the same (batch, noise, parameters, state), on any layout
+    Corrupted.part(context)     this process's positions, where sequences are divided; what follows sees no others
     predict(corrupted) -> what the network says, by one call or, stated explicitly, several
     loss(prediction, corrupted) -> LossTerms    sums and a count, divided once, by the global count
     evaluate(batch, noise) -> {figure: sum per sequence}    one Monte-Carlo draw of each figure
 
 An objective owns its network as `network` and uses its logits by `vocabulary`, for they may be divided among processes.
+So may sequences be, while the network is trained: a loss that is no sum over positions uses `context`.
 Shapes: B sequences, L positions, D latent dimensions, V vocabulary.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from braid.data_pipeline.loader import Batch
 from braid.data_pipeline.tokenizers import Tokenizer
 from braid.kernels import random
 from braid.kernels.random import Stream
+from braid.parallel.context import Context
 from braid.pretrain.diffusion.times import evaluation_strata, time_buckets, training_strata
 from braid.pretrain.model.blocks import DropoutKey
 from braid.pretrain.model.network import Network
@@ -98,6 +101,9 @@ class Noise:
 class Corrupted:
     """A noised batch: what the network sees (added by each objective) and what the loss compares with."""
 
+    by_position: ClassVar[tuple[str, ...]] = ("targets", "loss_mask")
+    """Fields that have positions, of tokens or of slots, as dimension 1; or are None."""
+
     targets: Tensor
     """Clean tokens, int64 [B, L]."""
     loss_mask: Tensor
@@ -106,10 +112,20 @@ class Corrupted:
     """float64 [B]; None for AR."""
     dropout: DropoutKey | None = None
 
+    def part(self, context: Context) -> Self:
+        """What this process's positions need, where sequences are divided; the rest is left as it is."""
+        values = {name: getattr(self, name) for name in self.by_position}
+        parts: dict[str, Any] = {name: context.part(x) for name, x in values.items() if x is not None}
+        if self.dropout is not None:
+            parts["dropout"] = replace(self.dropout, positions=context.part(self.dropout.positions, 0))
+        return replace(self, **parts)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenCorrupted(Corrupted):
     """Noised tokens."""
+
+    by_position = (*Corrupted.by_position, "tokens", "masked")
 
     tokens: Tensor
     """Network input, int64 [B, L]."""
@@ -133,7 +149,8 @@ class LossTerms:
     bucket_counts: Tensor | None = None
     """Non-padding positions by time bucket, float64 [10]."""
     statistics: dict[str, Tensor] = field(default_factory=dict)
-    """Detached float64 tensors of any shape: what `update_state` needs, summed over micro-batches and ranks."""
+    """Detached float64 tensors of any shape: what `update_state` needs, summed over micro-batches and over ranks with
+    rows of their own. They speak of whole rows: all processes among which a sequence is divided have the same."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +187,7 @@ class Objective(nn.Module):
     def __init__(self, config: Any, network: Network, *, mask_id: int, bos_id: int, eos_id: int) -> None:
         super().__init__()
         self.config, self.network, self.vocabulary = config, network, network.vocabulary
+        self.context = network.region.context
         self.mask_id, self.bos_id, self.eos_id = mask_id, bos_id, eos_id
 
     def begin_step(self, step: int, total_steps: int) -> None:

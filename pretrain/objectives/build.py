@@ -11,6 +11,7 @@ from torch import Tensor
 from braid.data_pipeline.corpus import TokenCorpus
 from braid.data_pipeline.tokenizers import Tokenizer
 from braid.kernels.random import fold_key
+from braid.parallel.context import UNDIVIDED, Context
 from braid.parallel.data_parallel import World
 from braid.parallel.layers import Region
 from braid.parallel.mesh import Axis
@@ -30,15 +31,16 @@ def build_objective(
     device: torch.device,
     tensor: Axis | None = None,
     sequence: bool = False,
+    context: Context = UNDIVIDED,
 ) -> Objective:
     """The objective of `config.objective` on `device`; its initial weights depend on (seed, parameter name) alone.
 
     Every system is one module of this package, named as its objective, with a function `build`. Where the axis `tensor`
     has several processes, its networks' layers are divided among them, and with `sequence` their hidden states too
-    (parallel/layers.py). Raises ConfigError where they do not divide.
+    (parallel/layers.py). `context` says how sequences may be divided. Raises ConfigError where layers do not divide.
     """
     module = import_module(f"braid.pretrain.objectives.{config.objective.name}")
-    return module.build(config, tokenizer, encoder, Region(tensor, sequence)).to(device)
+    return module.build(config, tokenizer, encoder, Region(tensor, sequence, context)).to(device)
 
 
 def needs_encoder(config: Config) -> bool:

@@ -45,6 +45,8 @@ class JointCorrupted(TokenCorrupted):
     """Noised tokens and latents. `masked` are the tokens to be predicted; with token dropout, visible ones are masks in
     `tokens` too."""
 
+    by_position = (*TokenCorrupted.by_position, "latents", "latent_targets")
+
     latents: Tensor
     """Noised latents, float32 [B, L, D]."""
     latent_times: Tensor
@@ -186,7 +188,7 @@ class CCDD(Objective):
             weight = self.latent_weight(corrupted.latent_times).float() * corrupted.latent_weight
             terms["latent_loss"] = weight[:, None] * error
         if self.config.experts.balance:
-            balance = balance_loss(prediction.routing, corrupted.loss_mask)
+            balance = balance_loss(prediction.routing, corrupted.loss_mask, self.context)
             terms["balance_loss"] = self.config.experts.balance * balance[:, None].expand_as(nats)
         loss = sum_terms(terms, corrupted.loss_mask, corrupted.times)
         if self.config.architecture == "moedit":

@@ -103,7 +103,7 @@ class CoLADD(LADD):
     def loss(self, prediction: SlotPrediction, corrupted: CoCorrupted) -> LossTerms:
         """Sums over positions: a sequence's mean squared error stands at each of its positions."""
         nats = self.token_nats(prediction, corrupted.targets, corrupted.masked)
-        error = (prediction.latents - corrupted.latent_targets).square().mean((1, 2))
+        error = self.context.mean((prediction.latents - corrupted.latent_targets).square().mean(2))
         latent_weight = self.latent_scale() * corrupted.time_weight * corrupted.latent_weight
         terms = {
             "token_loss": corrupted.time_weight[:, None] * nats,

@@ -51,6 +51,8 @@ CODE_WORD = 3
 class DiCorrupted(SlotCorrupted):
     """Noised tokens and codes."""
 
+    by_position = (*SlotCorrupted.by_position, "masked_codes")
+
     masked_codes: Tensor
     """bool [B, S]."""
     commitment: Tensor
@@ -156,8 +158,8 @@ class DiLADD(LADD):
         """Sums over positions: what belongs to a sequence stands at each of its positions. Diagnostics beside the
         terms of the loss: the perplexity of the codes in use, and how many the last step replaced."""
         nats = self.token_nats(prediction, corrupted.targets, corrupted.masked)
-        code_nats = self.code_nats(prediction, corrupted.latent_targets, corrupted.masked_codes).mean(1)
-        latent_loss = self.latent_scale() * corrupted.latent_weight * code_nats
+        code_nats = self.code_nats(prediction, corrupted.latent_targets, corrupted.masked_codes)
+        latent_loss = self.latent_scale() * corrupted.latent_weight * self.context.mean(code_nats)
         terms = {"token_loss": nats, "latent_loss": latent_loss[:, None].expand_as(nats)}
         if self.latent_encoder is not None:
             terms["commitment_loss"] = self.config.commitment * corrupted.commitment[:, None].expand_as(nats)

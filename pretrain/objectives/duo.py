@@ -29,6 +29,8 @@ PUBLISHED_EPS = 1e-3
 class DuoCorrupted(Corrupted):
     """Tokens of the uniform process at `times`; survival is 1 - times."""
 
+    by_position = (*Corrupted.by_position, "tokens", "noised")
+
     tokens: Tensor
     """Network input: x_t, int64 [B, L], or in the curriculum softmax(w / tau), float32 [B, L, V]."""
     noised: Tensor

@@ -45,6 +45,8 @@ NO_LIKELIHOOD = "ELF has no likelihood"
 class FlowCorrupted(Corrupted):
     """Noised latents, and what each sequence is to learn from them."""
 
+    by_position = (*Corrupted.by_position, "latents", "clean", "condition")
+
     latents: Tensor
     """z, float32 [B, L, D]; the clean latents at the condition."""
     clean: Tensor

@@ -65,6 +65,8 @@ def given_latents_figure(path: str) -> Figure:
 class SlotCorrupted(TokenCorrupted):
     """Noised tokens and slots. `times` are the tokens'."""
 
+    by_position = (*TokenCorrupted.by_position, "latents", "latent_targets")
+
     latents: Tensor
     """What the network sees in the slots, float32 [B, S, D]."""
     latent_times: Tensor

@@ -47,6 +47,8 @@ WARMUP_SHARE = 20
 class RePlaidCorrupted(Corrupted):
     """Noisy embeddings. In rows that are self-conditioned, what comes from schedule and embeddings is constant."""
 
+    by_position = (*Corrupted.by_position, "z", "clean", "given")
+
     z: Tensor
     """float32 [B, L, D]; clean where `given`."""
     clean: Tensor
@@ -217,7 +219,7 @@ class RePlaid(Objective):
         nats, diffusion = self._nats_and_diffusion(prediction, corrupted)
         auxiliary = self.config.auxiliary_weight * nats
         of_row = torch.where(reconstructs[:, None], nats, diffusion + auxiliary).detach()
-        of_row = sum_positions(of_row, mask) / mask.sum(1).clamp(min=1)
+        of_row = self.context.sum(sum_positions(of_row, mask)) / self.context.sum(mask.sum(1)).clamp(min=1)
         _follow_mean_square(corrupted.interior, of_row)
 
         weight = corrupted.row_weight[:, None]

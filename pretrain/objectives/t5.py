@@ -131,12 +131,13 @@ def _nats(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 
 def build(config: Config, tokenizer: Tokenizer, encoder: Encoder | None, region: Region = ALONE) -> T5:
     """From a configuration and the corpus's tokenizer. Raises ConfigError where the layers are to be divided."""
-    if region.size > 1:
-        raise ConfigError(
-            "T5's blocks are transformers', whose layers are not divided",
-            found=f"objective.name=t5, {region.size} processes on the tensor axis",
-            change="parallel.tensor=1",
-        )
+    for axis in (region.axis, region.context.axis):
+        if axis is not None and axis.size > 1:
+            raise ConfigError(
+                "T5's blocks are transformers', whose layers are not divided",
+                found=f"objective.name=t5, {axis.size} processes on the {axis.name} axis",
+                change=f"parallel.{axis.name}=1",
+            )
     spans = Spans.of(config.data.sequence_length, config.objective)
     network = T5Network(
         config.model,

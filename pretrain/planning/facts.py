@@ -13,11 +13,13 @@ def plan_facts(config: Config) -> PlanFacts:
     """Of the network and batch that `config` describes. Its sizes must be valid numbers."""
     model, objective, training = config.model, config.objective, config.training
     is_elf = objective.name == "elf"
+    prefix_length = ELF_PREFIX if is_elf else 0
     return PlanFacts(
         num_layers=model.num_layers,
         num_heads=model.num_heads,
         mlp_width=int(model.width * model.mlp_ratio * 2 / 3) if is_elf else round(model.width * model.mlp_ratio),
-        sequence_length=config.data.sequence_length + (ELF_PREFIX if is_elf else 0),
+        sequence_length=config.data.sequence_length + prefix_length,
+        prefix_length=prefix_length,
         global_batch_size=training.global_batch_size,
         micro_batch_size=training.micro_batch_size,
         precision=config.run.precision,

@@ -21,6 +21,7 @@ from braid.data_pipeline.order import ShuffledOrder
 from braid.data_pipeline.packing import Rows
 from braid.kernels.errors import CheckpointError, Preempted, TrainingFailed
 from braid.kernels.random import fold_key
+from braid.parallel.context import Context
 from braid.parallel.engine import NotFinite
 from braid.parallel.layers import whole_shape
 from braid.parallel.mesh import Mesh
@@ -105,7 +106,8 @@ class Trainer:
 
         # Model and optimizer; the same initial weights on every layout, by construction.
         encoder = training_encoder(config, corpus, world)
-        sharded = {"tensor": mesh.tensor, "sequence": config.parallel.sequence}
+        self.context = Context(mesh.context, config.parallel.context_by)
+        sharded = {"tensor": mesh.tensor, "sequence": config.parallel.sequence, "context": self.context}
         self.objective = build_objective(config, self.tokenizer, encoder, self.device, **sharded)
         if config.accelerators.linears == "transformer-engine":
             use_fp8(self.objective.network)
@@ -114,6 +116,9 @@ class Trainer:
         self.noise_key = fold_key(config.run.seed, "train")
         with autocast(config.run.precision, self.device):
             check_direction(self.objective.network)
+            if self.context.divides:
+                with self.context.dividing():
+                    check_direction(self.objective.network, length=data.sequence_length)
 
         # State and records.
         self.step = 0
@@ -193,17 +198,18 @@ class Trainer:
             (batch.to(self.device), noise.to(self.device)) for batch, noise in zip(micro_batches, noises, strict=True)
         ]
         # The one denominator, known before the first backward pass: the tokens that count in the global batch.
-        peers = self.mesh.reduction
-        count = peers.all_reduce_sum(sum(self.objective.num_scored(*piece) for piece in pieces))
+        count = self.mesh.data.all_reduce_sum(sum(self.objective.num_scored(*piece) for piece in pieces))
         sums = StepSums(self.device)
         for batch, noise in pieces:
             corrupted = self.objective.corrupt(batch, noise)
-            with autocast(self.config.run.precision, self.device):
-                prediction = self.objective.predict(corrupted)
-            loss = self.objective.loss(prediction, corrupted)
-            self.engine.backward(loss.total / count)
+            with self.context.dividing():
+                corrupted = corrupted.part(self.context)
+                with autocast(self.config.run.precision, self.device):
+                    prediction = self.objective.predict(corrupted)
+                loss = self.objective.loss(prediction, corrupted)
+                self.engine.backward(loss.total / count)
             sums.add(loss)
-        sums.reduce(peers)
+        sums.reduce(self.mesh.reduction, self.mesh.data)
 
         factor = learning_rate_factor(self.config.optimizer, self.step, config.steps)
         set_learning_rate(self.engine.optimizer, factor)

@@ -23,7 +23,7 @@ from .loop import Trainer
 from .outcome import STATUS, clear_outcome, write_failed_start, write_outcome
 from .precision import prepare_process
 
-TRAINED = {"tensor", "sequence"}
+TRAINED = {"tensor", "sequence", "context", "context_by"}
 """Fields of the section `parallel` that the trainer follows."""
 
 
@@ -55,13 +55,13 @@ def pretrain(config: Config) -> int:
 
 
 def _refuse_unbuilt(config: Config) -> None:
-    """The trainer runs data, tensor and sequence parallelism; other plans are for `braid plan` so far."""
+    """The trainer runs data, tensor, sequence and context parallelism; other plans are for `braid plan` so far."""
     default = ParallelConfig()
     given = {field.name: getattr(config.parallel, field.name) for field in fields(default)}
     unbuilt = [name for name in given.keys() - TRAINED if given[name] != getattr(default, name)]
     if unbuilt:
         raise ConfigError(
-            "this version trains with data, tensor and sequence parallelism; `braid plan` estimates other plans too",
+            "this version trains with data, tensor, sequence and context parallelism; `braid plan` estimates more",
             found=", ".join(f"parallel.{name} = {given[name]!r}" for name in sorted(unbuilt)),
             change="leave these fields of the section `parallel` at their defaults",
         )

@@ -35,10 +35,11 @@ class StepSums:
         for name, value in loss.statistics.items():
             self.statistics[name] = self.statistics.get(name, 0.0) + value
 
-    def reduce(self, peers: Axis) -> None:
-        """Add up over ranks with rows of their own (or positions): those with the same rows have the same sums."""
+    def reduce(self, peers: Axis, rows: Axis) -> None:
+        """Add up over ranks with positions of their own, `peers`, and what is of whole rows over those with rows of
+        their own, `rows`: the others have the same sums."""
         totals = peers.all_reduce_sum(torch.cat([self._sums, torch.stack(list(self.terms.values()))]))
-        self.statistics = {name: peers.all_reduce_sum(value) for name, value in self.statistics.items()}
+        self.statistics = {name: rows.all_reduce_sum(value) for name, value in self.statistics.items()}
         count, self.total, *rest = totals.tolist()
         self.count = int(count)
         self.bucket_sums, self.bucket_counts = rest[:NUM_TIME_BUCKETS], rest[NUM_TIME_BUCKETS : 2 * NUM_TIME_BUCKETS]

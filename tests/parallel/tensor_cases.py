@@ -13,6 +13,7 @@ import torch
 
 from braid.data_pipeline.loader import Batch
 from braid.kernels.random import fold_key, initial_normal
+from braid.parallel.context import UNDIVIDED, Context
 from braid.parallel.layers import set_whole, whole_shape
 from braid.parallel.mesh import Axis
 from braid.pretrain.config.objectives.ar import ARConfig
@@ -64,13 +65,22 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
         DROPOUT,
     ),
     "di_ladd": (DiLADDConfig(encoder=ENCODER, num_slots=NUM_SLOTS, codebook_size=8), {}),
-    "di_ladd-learned": (DiLADDConfig(encoder=LEARNED, num_slots=NUM_SLOTS, codebook_size=8), DROPOUT),
+    "di_ladd-learned": (
+        DiLADDConfig(encoder=LEARNED, num_slots=NUM_SLOTS, codebook_size=8),
+        DROPOUT | RECOMPUTED,
+    ),
     "elf": (ELFConfig(encoder=ENCODER, decode_probability=0.5, bottleneck=4), RECOMPUTED),
 }
 
 
 def build(
-    name: str, tensor: Axis | None = None, sequence: bool = False, *, randomise: bool = True, **model
+    name: str,
+    tensor: Axis | None = None,
+    sequence: bool = False,
+    context: Context = UNDIVIDED,
+    *,
+    randomise: bool = True,
+    **model,
 ) -> Objective:
     """The objective of a case, in training mode, at the first step."""
     settings, own = CASES[name]
@@ -79,7 +89,7 @@ def build(
     encoder = TableEncoder(table, mask_id=TOKENIZER.mask_id, variance_floor=1e-6)
     kind = getattr(settings, "encoder", LEARNED).kind
     objective = build_objective(
-        config, TOKENIZER, None if kind == "learned" else encoder, torch.device("cpu"), tensor, sequence
+        config, TOKENIZER, None if kind == "learned" else encoder, torch.device("cpu"), tensor, sequence, context
     )
     if randomise:
         for key, parameter in objective.named_parameters():
@@ -104,10 +114,12 @@ def step(objective: Objective, precision: str = "fp32") -> tuple[dict[str, float
     """Forward and backward pass: the terms of the loss, and the gradients as they come."""
     batch, noise = batch_and_noise()
     corrupted = objective.corrupt(batch, noise)
-    with autocast(precision, torch.device("cpu")):
-        prediction = objective.predict(corrupted)
-    loss = objective.loss(prediction, corrupted)
-    loss.total.backward()
+    with objective.context.dividing():
+        corrupted = corrupted.part(objective.context)
+        with autocast(precision, torch.device("cpu")):
+            prediction = objective.predict(corrupted)
+        loss = objective.loss(prediction, corrupted)
+        loss.total.backward()
     terms = {name: float(value) for name, value in loss.terms.items()} | {"total": float(loss.total.detach())}
     gradients = {
         name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()

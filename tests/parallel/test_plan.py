@@ -95,6 +95,10 @@ CASES = {
     "another library": (plan(tensor=2), facts(divisible=False), 2, "another library's", "parallel.tensor = 2"),
     "positions": (plan(context=3), facts(), 3, "divide the sequence", "1024 positions / context 3 = 341.333"),
     "slots": (plan(context=4), facts(num_slots=6), 4, "divide the sequence", "6 latent slots / context 4 = 1.5"),
+    "prefix": (plan(context=8), facts(num_heads=8, sequence_length=1036, prefix_length=12), 8, "divide the sequence",
+               "12 positions before the text / context 8 = 1.5"),
+    "text": (plan(context=4), facts(sequence_length=1030 + 12, prefix_length=12), 4, "divide the sequence",
+             "1030 positions / context 4 = 257.5"),
     "blocks": (plan(pipeline=16), facts(global_batch_size=128), 16, "needs a block", "12 blocks / pipeline 16 = 0.75"),
     "pairs": (plan(pipeline=8), facts(alternates=True), 8, "stay together", "12 blocks = 6 pairs / pipeline 8 = 0.75"),
     "sequence alone": (plan(sequence=True), facts(), 8, "only one", "parallel.tensor = 1"),
@@ -215,8 +219,9 @@ def constructible(p: ParallelConfig, f: PlanFacts, num_processes: int) -> bool:
     if not data:
         return False
     heads, columns = dealt(f.num_heads, p.tensor), dealt(f.mlp_width, p.tensor)
-    positions = [dealt(length, p.context) for length in (f.sequence_length, f.num_slots)]
-    if heads is None or columns is None or None in positions:
+    lengths = (f.sequence_length - f.prefix_length, f.prefix_length, f.num_slots)
+    text, prefix, slots = (dealt(length, p.context) for length in lengths)
+    if None in (heads, columns, text, prefix, slots):
         return False
     if not f.divisible and max(p.tensor, p.context, p.pipeline) > 1:
         return False
@@ -224,7 +229,7 @@ def constructible(p: ParallelConfig, f: PlanFacts, num_processes: int) -> bool:
         return False
     if p.context_by == "gather" and (p.context == 1 or f.causal):
         return False
-    if p.sequence and (p.tensor == 1 or None in [dealt(held, p.tensor) for held in positions]):
+    if p.sequence and (p.tensor == 1 or None in [dealt(held, p.tensor) for held in (prefix + text, slots)]):
         return False
     units = list(range(0, f.num_layers, 2 if f.alternates else 1))
     pieces = [units[i :: p.pipeline * p.virtual] for i in range(p.pipeline * p.virtual)]
@@ -265,6 +270,7 @@ FACTS_OF_ANY_KIND = st.builds(
     num_heads=st.sampled_from([1, 4, 6, 8, 12, 24]),
     mlp_width=st.sampled_from([48, 96, 50]),
     sequence_length=st.sampled_from([24, 48, 96, 97]),
+    prefix_length=st.sampled_from([0, 0, 12]),
     global_batch_size=st.integers(1, 96),
     micro_batch_size=st.sampled_from([1, 1, 2, 3, 4]),
     precision=st.sampled_from(["fp32", "bf16"]),
