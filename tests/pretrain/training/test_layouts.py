@@ -29,6 +29,11 @@ LAYOUTS = {
     "tensor 2": (2, {"parallel__tensor": 2}),
     "tensor 2 with sequence": (2, {"parallel__tensor": 2, "parallel__sequence": True}),
     "tensor 2 with sequence, data 2": (4, {"parallel__tensor": 2, "parallel__sequence": True}),
+    "megatron, data 2": (2, {"parallel__engine": "megatron"}),
+    "megatron, tensor 2 with sequence, data 2": (
+        4,
+        {"parallel__engine": "megatron", "parallel__tensor": 2, "parallel__sequence": True},
+    ),
 }
 SYSTEMS = [name for name in recipes() if name.startswith("tiny_") and name != "tiny_t5"]
 QUICK = [(recipe, "tensor 2 with sequence") for recipe in SYSTEMS] + [("tiny_ccdd", name) for name in LAYOUTS]
