@@ -162,6 +162,7 @@ class MegatronEngine(Engine):
 
     # -- what is held ------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def publish(self) -> None:
         self._settle()
         self.megatron._copy_main_params_to_model_params()

@@ -1,7 +1,7 @@
 """Some steps of training with an engine, in one process or on ranks; for test_megatron_engine.py.
 
 The global batch is that of tensor_cases.py, a row to each micro-batch. The first step is not clipped, so that Adam's
-first moment tells the gradient; the later ones are.
+first moment tells the gradient; the later ones are. At the end the module has the weights that are held, on every rank.
 """
 
 from __future__ import annotations
@@ -115,6 +115,10 @@ def train(mesh: Mesh, name: str, plan: ParallelConfig, precision: str, num_steps
                 for key, value in moments.items()
                 if key.endswith("/exp_avg")
             }
+    with engine.writing() as held:
+        parts = {name: value.detach().clone() for name, value in engine.named(held)}
+    for key, value in objective.named_parameters():
+        assert torch.equal(value, parts[key].to(value.dtype)), key
     run.weights = whole(engine, mesh, engine.named(engine.held))
     run.state = whole(engine, mesh, engine.optimizer_state())
     run.averages = whole(engine, mesh, engine.named(ema.averages))

@@ -112,6 +112,6 @@ def test_a_run_goes_on_under_another_layout(trainers: Trainers, recipe: str) -> 
 
 
 def test_a_plan_that_is_not_built_is_refused(trainers: Trainers) -> None:
-    process = trainers.start("tiny_mdlm", "refused", parallel__engine="megatron")
+    process = trainers.start("tiny_mdlm", "refused", parallel__engine="deepspeed")
     assert process.wait() == 2
-    assert "parallel.engine = 'megatron'" in process.err and "Traceback" not in process.err
+    assert "parallel.engine = 'deepspeed'" in process.err and "Traceback" not in process.err
