@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import Trainers, last_checkpoint, recorded, steps_of
+from training_runs import Trainers, assert_same_run, last_checkpoint, recorded, steps_of
 
 from braid.pretrain.config.load import recipes
 from braid.pretrain.telemetry.metrics_log import read_metrics
@@ -25,18 +25,20 @@ FIVE_STEPS = {
     "training__micro_batch_size": 4,
     "recorded": True,
 }
+MEGATRON = {"parallel__engine": "megatron"}
 LAYOUTS = {
     "tensor 2": (2, {"parallel__tensor": 2}),
     "tensor 2 with sequence": (2, {"parallel__tensor": 2, "parallel__sequence": True}),
     "tensor 2 with sequence, data 2": (4, {"parallel__tensor": 2, "parallel__sequence": True}),
-    "megatron, data 2": (2, {"parallel__engine": "megatron"}),
-    "megatron, tensor 2 with sequence, data 2": (
-        4,
-        {"parallel__engine": "megatron", "parallel__tensor": 2, "parallel__sequence": True},
-    ),
+    "megatron, data 2": (2, MEGATRON),
+    "megatron, tensor 2 with sequence, data 2": (4, MEGATRON | {"parallel__tensor": 2, "parallel__sequence": True}),
 }
 SYSTEMS = [name for name in recipes() if name.startswith("tiny_") and name != "tiny_t5"]
-QUICK = [(recipe, "tensor 2 with sequence") for recipe in SYSTEMS] + [("tiny_ccdd", name) for name in LAYOUTS]
+QUICK = [
+    *((recipe, "tensor 2 with sequence") for recipe in SYSTEMS),
+    *(("tiny_ccdd", name) for name in LAYOUTS),
+    ("tiny_elf", "megatron, data 2"),
+]
 ALL = [(recipe, name) for recipe in SYSTEMS for name in LAYOUTS]
 
 
@@ -63,8 +65,9 @@ def samples(run_dir: Path) -> dict[int, dict[str, str]]:
 )
 def test_divided_weights_train_as_whole_ones(trainers: Trainers, recipe: str, layout: str) -> None:
     ranks, fields = LAYOUTS[layout]
-    whole = train(trainers, recipe, "whole", 1)
-    divided = train(trainers, recipe, "divided", ranks, **fields)
+    optimizer = {"optimizer__name": "adamw"} if "megatron" in layout else {}  # it has no Muon
+    whole = train(trainers, recipe, "whole", 1, **optimizer)
+    divided = train(trainers, recipe, "divided", ranks, **optimizer, **fields)
     assert samples(divided) == samples(whole)
     lines, others = (read_metrics(run_dir / "metrics.jsonl") for run_dir in (divided, whole))
     for line, other in zip(lines, others, strict=True):
@@ -81,20 +84,35 @@ def test_divided_weights_train_as_whole_ones(trainers: Trainers, recipe: str, la
     assert written.count("\n") == expected.count("\n") == 2
 
 
-@pytest.mark.parametrize("recipe", ["tiny_ccdd", "tiny_elf", "tiny_di_ladd"])
-def test_a_run_goes_on_under_another_layout(trainers: Trainers, recipe: str) -> None:
-    """Tensor 2 -> one process -> tensor 2 with sequence and data 2. What is loaded is what was saved, to the bit; then
-    the run is the one that was never interrupted."""
-    train(trainers, recipe, "whole", 1, training__steps=15)
-    train(trainers, recipe, "moved", 2, parallel__tensor=2)
+TENSOR = [(2, {"parallel__tensor": 2}), (1, {}), LAYOUTS["tensor 2 with sequence, data 2"]]
+ENGINES = [LAYOUTS["megatron, data 2"], (1, {}), LAYOUTS["megatron, tensor 2 with sequence, data 2"]]
+CHAINS = [
+    *(("tensor", recipe, TENSOR) for recipe in ("tiny_ccdd", "tiny_elf", "tiny_di_ladd")),
+    *(("engines", recipe, ENGINES) for recipe in ("tiny_ccdd", "tiny_mdlm", "tiny_replaid", "tiny_elf")),
+]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "chain"),
+    [
+        pytest.param(recipe, chain, id=f"{name}-{recipe}", marks=[pytest.mark.slow] * (number > 3))
+        for number, (name, recipe, chain) in enumerate(CHAINS)
+    ],
+)
+def test_a_run_goes_on_under_another_layout(trainers: Trainers, recipe: str, chain: list[tuple[int, dict]]) -> None:
+    """From one layout to the next and the next. What is loaded is what was saved, to the bit; then the run is the one
+    that was never interrupted."""
+    first, second, third = ((ranks, fields | {"optimizer__name": "adamw"}) for ranks, fields in chain)
+    train(trainers, recipe, "whole", 1, training__steps=15, optimizer__name="adamw")
+    train(trainers, recipe, "moved", first[0], **first[1])
     saved = last_checkpoint(trainers.folder / "moved")
     # No step is left to do: what was loaded is evaluated, and nothing is saved again.
-    for ranks, fields in ((1, {}), LAYOUTS["tensor 2 with sequence"]):
+    for ranks, fields in (second, third):
         train(trainers, recipe, "moved", ranks, **fields)
         again = last_checkpoint(trainers.folder / "moved")
         assert again.step == saved.step == 5
-    train(trainers, recipe, "moved", 1, training__steps=10)
-    train(trainers, recipe, "moved", 4, training__steps=15, parallel__tensor=2, parallel__sequence=True)
+    train(trainers, recipe, "moved", second[0], training__steps=10, **second[1])
+    train(trainers, recipe, "moved", third[0], training__steps=15, **third[1])
     whole, moved = trainers.folder / "whole", trainers.folder / "moved"
     assert steps_of(moved) == steps_of(whole)
     assert samples(moved) == samples(whole)
@@ -109,6 +127,14 @@ def test_a_run_goes_on_under_another_layout(trainers: Trainers, recipe: str) -> 
         assert {name: tensor.shape for name, tensor in found[group].items()} == {
             name: tensor.shape for name, tensor in tensors.items()
         }
+
+
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
+def test_an_engine_that_divides_its_state_resumes_bit_for_bit(trainers: Trainers, precision: str) -> None:
+    fields = {"run__precision": precision, "training__validate_every": 6, "training__log_every": 2}
+    for run, steps in (("pieces", 6), ("pieces", 12), ("straight", 12)):
+        trainers.train("tiny_mdlm", run, ranks=2, **MEGATRON, **fields, training__steps=steps)
+    assert_same_run(trainers.folder / "pieces", trainers.folder / "straight")
 
 
 def test_a_plan_that_is_not_built_is_refused(trainers: Trainers) -> None:
