@@ -89,8 +89,7 @@ class MegatronEngine(Engine):
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self._last = last
-        with self.ddp.no_sync():  # Megatron would begin reductions itself
-            loss.backward()
+        loss.backward()
 
     def step(self, clip_norm: float) -> Tensor:
         self._settle()
@@ -115,6 +114,8 @@ class MegatronEngine(Engine):
         """Gradients are zero, and those of the next step are awaited."""
         self.ddp.zero_grad_buffer()
         self.megatron.zero_grad()
+        for bucket in self._buckets:
+            bucket.is_last_microbatch = False  # else Megatron would begin reductions itself
         self._last, self._begun = False, 0
         self._missing = [len(bucket.params) for bucket in self._buckets]
 
