@@ -18,6 +18,7 @@ from braid.parallel.mesh import Mesh
 from braid.parallel.plan import ParallelConfig
 
 STEPS, BUCKET = 3, 3000
+PATIENCE_S = 300
 LAYOUTS = {
     "data 2": (2, {}),
     "data 2, no overlap": (2, {"overlap": False}),
@@ -40,7 +41,14 @@ def test_trains_as_one_process(ranks, layout: str, names: list[str]) -> None:
     """Losses, norms, the first gradient, and after some clipped steps weights, moments and averages."""
     number, fields = LAYOUTS[layout]
     runs = ranks(
-        train_on_ranks, number, names, ParallelConfig(engine="megatron", **fields), "fp32", STEPS, BUCKET, timeout_s=300
+        train_on_ranks,
+        number,
+        names,
+        ParallelConfig(engine="megatron", **fields),
+        "fp32",
+        STEPS,
+        BUCKET,
+        timeout_s=PATIENCE_S,
     )
     for name in names:
         wanted = plainly(name, "fp32")
@@ -67,7 +75,9 @@ def assert_near(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor],
 def test_bf16_is_that_of_autocast(ranks, names: list[str]) -> None:
     """Weights kept in bfloat16 are those that autocast would cast, in every use: one process beside torch's optimizer
     on float32 weights, to the bit."""
-    (runs,) = ranks(train_on_ranks, 1, names, ParallelConfig(engine="megatron"), "bf16", STEPS, BUCKET, timeout_s=300)
+    (runs,) = ranks(
+        train_on_ranks, 1, names, ParallelConfig(engine="megatron"), "bf16", STEPS, BUCKET, timeout_s=PATIENCE_S
+    )
     for name in names:
         found, wanted = runs[name], plainly(name, "bf16")
         assert found.losses[0] == wanted.losses[0]
@@ -85,7 +95,7 @@ def test_bf16_on_ranks(ranks) -> None:
     """Beside torch's optimizer under the same layout: after the first step sums in another order tell."""
     layout = {"tensor": 2, "sequence": True}
     runs, wanted = (
-        [run["mdlm"] for run in ranks(train_on_ranks, 4, ["mdlm"], plan, "bf16", STEPS, BUCKET)]
+        [run["mdlm"] for run in ranks(train_on_ranks, 4, ["mdlm"], plan, "bf16", STEPS, BUCKET, timeout_s=PATIENCE_S)]
         for plan in (ParallelConfig(engine="megatron", **layout), ParallelConfig(**layout))
     )
     for found in runs:
@@ -99,25 +109,25 @@ def test_bf16_on_ranks(ranks) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_weight_is_held_once(ranks, precision: str, number: int) -> None:
     """Whatever the number of ranks divides: what is put in comes out, to the bit."""
-    held = ranks(round_trip, number, precision)
+    held = ranks(round_trip, number, precision, timeout_s=PATIENCE_S)
     assert sum(own for own, _ in held) == held[0][1]
     assert max(own for own, _ in held) < 1.3 * held[0][1] / number
 
 
 @pytest.mark.parametrize("overlap", [True, False])
 def test_a_gradient_that_is_not_finite_changes_nothing(ranks, overlap: bool) -> None:
-    ranks(not_finite, 2, overlap)
+    ranks(not_finite, 2, overlap, timeout_s=PATIENCE_S)
 
 
 @pytest.mark.parametrize("overlap", [True, False])
 def test_weights_that_some_passes_use_and_others_do_not(ranks, overlap: bool) -> None:
     """Used on one rank, in one micro-batch, several times, or never: no gradient is zero gradient."""
     wanted = train_branches_plainly()
-    for found in ranks(train_branches, 2, overlap):
+    for found in ranks(train_branches, 2, overlap, timeout_s=PATIENCE_S):
         assert_near(found, wanted, 1e-5)
 
 
 def test_nobody_reads_a_weight_that_has_not_arrived(ranks) -> None:
-    (seen,) = ranks(read_late_weights, 1, list(CASES), timeout_s=300)
+    (seen,) = ranks(read_late_weights, 1, list(CASES), timeout_s=PATIENCE_S)
     for name, (late, number) in seen.items():
         assert late >= number / 3, f"{name}: {late} of {number} buckets travel beside the forward pass"
