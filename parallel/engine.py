@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -33,14 +34,16 @@ class Engine(ABC):
 
     optimizer: torch.optim.Optimizer
     """Keyed by the tensors of `held`; the loop sets the learning rates of its groups."""
+    names: list[str]
+    """Of the parameters of this process's part of the model that are trained."""
     held: list[Tensor]
     """Float32 weights that this process updates; all ranks of the reduction axis together hold every weight that is
     trained at least once."""
 
     @abstractmethod
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, last: bool) -> None:
         """The gradient of one micro-batch: after the last of a step, the sum over micro-batches and over the reduction
-        axis is the gradient of the step."""
+        axis is the gradient of the step. With `last`, its reduction may begin beside the backward pass."""
 
     @abstractmethod
     def step(self, clip_norm: float) -> Tensor:
@@ -52,7 +55,13 @@ class Engine(ABC):
 
     @abstractmethod
     def publish(self) -> None:
-        """Make the module's weights those of `held`, after somebody wrote there."""
+        """Make the module's weights those of `held`."""
+
+    @contextmanager
+    def writing(self) -> Iterator[list[Tensor]]:
+        """`held`, to write there, which is allowed in this block only: after it the module's weights are those."""
+        yield self.held
+        self.publish()
 
     @abstractmethod
     def named(self, like_held: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -71,8 +80,8 @@ class Engine(ABC):
         for key in states[0] if states else ():
             values = [state[key] for state in states]
             counts = values[0].ndim == 0  # the same for all
-            for name, value in self.named(self.held if counts else values):
-                yield f"{name}/{key}", values[0] if counts else value
+            for name, value in ((name, values[0]) for name in self.names) if counts else self.named(values):
+                yield f"{name}/{key}", value
 
     def load_optimizer_state(self, keys: Iterable[str], part: Callable[[str], Tensor]) -> None:
         """Inverse of `optimizer_state`: `part` of each of `keys`; the state that was there is gone."""
@@ -89,7 +98,7 @@ class Engine(ABC):
     @abstractmethod
     def untrained(self) -> dict[str, Tensor]:
         """The rest of the module's state dict: buffers, and parameters that are not trained. Whole over the reduction
-        axis; tensors that may be written to before `publish`."""
+        axis; tensors that may be written to while `held` may."""
 
 
 class PlainEngine(Engine):
@@ -101,7 +110,7 @@ class PlainEngine(Engine):
         trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         self.names, self.held = list(trained), list(trained.values())
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
 
     def step(self, clip_norm: float) -> Tensor:
@@ -147,18 +156,24 @@ class PlainEngine(Engine):
         return {name: tensor for name, tensor in self.module.state_dict().items() if name not in trained}
 
 
-def gradient_norm(parameters: list[nn.Parameter], tensor: Axis | None = None) -> Tensor:
+def gradient_norm(parameters: Sequence[Tensor], tensor: Axis | None = None, apart: Axis | None = None) -> Tensor:
     """Global L2 norm over every gradient, float32 scalar; the same on all ranks of the axis `tensor`, whose parts of
-    divided gradients are added up. What every rank has whole counts once."""
-    given = [p for p in parameters if p.grad is not None]
-    divided = [p.grad for p in given if hasattr(p, "shard")]
-    whole = torch.nn.utils.get_total_norm([p.grad for p in given if not hasattr(p, "shard")])
-    if not divided:
-        return whole
-    return torch.sqrt(whole.square() + tensor.all_reduce_sum(torch.nn.utils.get_total_norm(divided).square()))
+    divided gradients are added up. What every rank has whole counts once. Among the ranks of `apart`, where it is
+    given, all gradients are divided."""
+    divided = [p.grad for p in parameters if p.grad is not None and hasattr(p, "shard")]
+    whole = [p.grad for p in parameters if p.grad is not None and not hasattr(p, "shard")]
+    if apart is None and not divided:
+        return torch.nn.utils.get_total_norm(whole)
+    device = parameters[0].device
+    squares = torch.stack([torch.nn.utils.get_total_norm(part).to(device).square() for part in (whole, divided)])
+    if apart is not None:
+        apart.all_reduce_sum(squares)
+    if tensor is not None:
+        tensor.all_reduce_sum(squares[1:])
+    return squares.sum().sqrt()
 
 
-def clip_gradients(parameters: list[nn.Parameter], norm: Tensor, clip_norm: float) -> None:
+def clip_gradients(parameters: Sequence[Tensor], norm: Tensor, clip_norm: float) -> None:
     """Scale gradients so that their global norm is at most `clip_norm` (0: leave them)."""
     if clip_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)

@@ -146,10 +146,10 @@ def restore(
         )
     shards = shards_of(objective)
     weights = cut_tensors(snapshot.groups["weights"], shards)
-    for name, tensor in engine.untrained().items():
-        tensor.copy_(weights[name])
-    engine.fill(engine.held, weights.__getitem__)
-    engine.publish()
+    with engine.writing() as held:
+        for name, tensor in engine.untrained().items():
+            tensor.copy_(weights[name])
+        engine.fill(held, weights.__getitem__)
     state = cut_tensors(snapshot.groups["optimizer"], shards)
     engine.load_optimizer_state(state.keys(), state.__getitem__)
     if ema and "ema" in snapshot.groups:

@@ -7,6 +7,7 @@ dimension, V vocabulary, D latent dimension. x_BLW is a tensor of shape [B, L, W
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,8 @@ def sinusoid(times_B: Tensor, dim: int = SINUSOID_DIM) -> Tensor:
 
 class TimeEmbedding(nn.Module):
     """c = SiLU(MLP(sinusoid(t))), [B] -> [B, C]. In float32 even under autocast: bfloat16 cannot tell 0.998 from 1."""
+
+    in_float32: ClassVar = ("input", "output")
 
     def __init__(self, cond_dim: int) -> None:
         super().__init__()

@@ -51,6 +51,7 @@ class ELFNetwork(Network):
 
     parts: ClassVar[dict[str, str]] = {"blocks": "blocks", "denoise_head": "heads", "decode_head": "heads"}
     inside: ClassVar = ("blocks",)
+    in_float32: ClassVar = ("self_condition", "bottleneck", "input", "time_embedding", "guidance_embedding")
 
     def __init__(
         self,
@@ -257,6 +258,8 @@ class ScalarEmbedding(nn.Module):
 
 class DenoiseHead(nn.Module):
     """RMSNorm and a linear layer to the clean latents, in float32: their rounding would be divided by 1 - tau."""
+
+    in_float32: ClassVar = ("linear",)
 
     def __init__(self, width: int, latent_dim: int) -> None:
         super().__init__()

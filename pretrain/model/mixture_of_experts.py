@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -132,6 +133,8 @@ class Experts(nn.Module):
     its part of their answers; the router sees the positions that are here.
     """
 
+    in_float32: ClassVar = ("router",)
+
     def __init__(self, model: ModelConfig, experts: ExpertsConfig, region: Region = ALONE) -> None:
         super().__init__()
         self.region = region
@@ -181,7 +184,8 @@ class Experts(nn.Module):
     def _linear(self, tiles: Tensor, tile_expert: Tensor, name: str) -> Tensor:
         """The linear layer `name` of each tile's expert."""
         layers = [getattr(mlp, name) for mlp in self.mlps]
-        weight = torch.stack([layer.weight for layer in layers])[tile_expert]
+        # Float32, for the gradients of an expert's tiles are summed up here.
+        weight = torch.stack([layer.weight.float() for layer in layers])[tile_expert]
         if name == "output" and self.region.size > 1:
             return torch.bmm(tiles, weight.transpose(1, 2))
         bias = torch.stack([layer.bias for layer in layers])[tile_expert]

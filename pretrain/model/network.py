@@ -37,6 +37,8 @@ class Network(nn.Module):
     """Layers of the network's own that can be divided; those of its blocks say it themselves."""
     inside: ClassVar[tuple[str, ...]] = ()
     """First components of the names of what works on hidden states that may be divided along the positions."""
+    in_float32: ClassVar[tuple[str, ...]] = ()
+    """Layers of the network's own that compute in float32 whatever autocast says; other classes say it themselves."""
 
     @property
     def vocabulary(self) -> Vocabulary:

@@ -16,6 +16,7 @@ from braid.pretrain.model.network import Network
 from braid.pretrain.objectives.base import Objective
 from braid.pretrain.objectives.build import build_objective, needs_encoder
 from braid.pretrain.training.optimizer import parameter_kinds
+from braid.pretrain.training.precision import cast_by_autocast
 
 PARTS = ("blocks", "embedding", "heads", "other", "objective")
 """What a parameter belongs to; the last is what an objective owns beside its network."""
@@ -40,7 +41,7 @@ class PlannedParameter:
     moments: int
     """Tensors of its shape that the optimizer keeps: Adam's two moments, or Muon's momentum."""
     is_matrix: bool
-    """The weight of a linear layer."""
+    """The weight of a linear layer, which autocast casts in every use."""
 
 
 class _Shapes(TableEncoder):
@@ -80,6 +81,7 @@ def planned_objective(config: Config, vocab_size: int) -> Objective:
 def planned_parameters(objective: Objective, config: Config) -> list[PlannedParameter]:
     """The parameters of an objective on the meta device."""
     kinds, is_muon = parameter_kinds(objective), config.optimizer.name == "muon"
+    cast = set(cast_by_autocast(objective))
     return [
         PlannedParameter(
             name=name,
@@ -89,7 +91,7 @@ def planned_parameters(objective: Objective, config: Config) -> list[PlannedPara
             held=parameter.numel(),
             trained=parameter.requires_grad,
             moments=1 if is_muon and kinds[name] in ("matrix", "table") else 2,
-            is_matrix=kinds[name] == "matrix",
+            is_matrix=name in cast,
         )
         for name, parameter in objective.named_parameters()
     ]

@@ -38,6 +38,6 @@ class EMA:
 
     @torch.no_grad()
     def _hold(self, values: Sequence[Tensor]) -> None:
-        for weight, value in zip(self.engine.held, values, strict=True):
-            weight.copy_(value)
-        self.engine.publish()
+        with self.engine.writing() as held:
+            for weight, value in zip(held, values, strict=True):
+                weight.copy_(value)

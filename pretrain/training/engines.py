@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from braid.parallel.engine import Engine, PlainEngine
+from braid.parallel.megatron_engine import MegatronEngine
 from braid.parallel.mesh import Mesh
 from braid.pretrain.config.schema import Config
 from braid.pretrain.objectives.base import Objective
 
 from .optimizer import build_optimizer
+from .precision import cast_by_autocast
 
 
 def build_engine(config: Config, objective: Objective, mesh: Mesh) -> Engine:
@@ -16,4 +18,7 @@ def build_engine(config: Config, objective: Objective, mesh: Mesh) -> Engine:
     match config.parallel.engine:
         case "plain":
             return PlainEngine(objective, optimizer, mesh)
+        case "megatron":
+            half = cast_by_autocast(objective) if config.run.precision == "bf16" else ()
+            return MegatronEngine(objective, optimizer, mesh, half=half, overlap=config.parallel.overlap)
     raise AssertionError(config.parallel.engine)

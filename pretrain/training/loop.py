@@ -200,14 +200,14 @@ class Trainer:
         # The one denominator, known before the first backward pass: the tokens that count in the global batch.
         count = self.mesh.data.all_reduce_sum(sum(self.objective.num_scored(*piece) for piece in pieces))
         sums = StepSums(self.device)
-        for batch, noise in pieces:
+        for number, (batch, noise) in enumerate(pieces, 1):
             corrupted = self.objective.corrupt(batch, noise)
             with self.context.dividing():
                 corrupted = corrupted.part(self.context)
                 with autocast(self.config.run.precision, self.device):
                     prediction = self.objective.predict(corrupted)
                 loss = self.objective.loss(prediction, corrupted)
-                self.engine.backward(loss.total / count)
+                self.engine.backward(loss.total / count, last=number == len(pieces))
             sums.add(loss)
         sums.reduce(self.mesh.reduction, self.mesh.data)
 
@@ -292,18 +292,17 @@ class Trainer:
                  f"({num_sequences} sequences, one draw)")  # fmt: skip
 
     def _sample(self) -> None:
-        if self.mesh.reduction.rank == 0:  # and all that share its weights
-            num, data = self.config.training.num_samples, self.config.data
-            pairs = data.packing == "pairs"
-            prompt = source_prompt(self.validation_rows, num) if pairs else no_prompt(num, data.sequence_length)
-            with self._averaged(), autocast(self.config.run.precision, self.device):
+        num, data = self.config.training.num_samples, self.config.data
+        pairs = data.packing == "pairs"
+        prompt = source_prompt(self.validation_rows, num) if pairs else no_prompt(num, data.sequence_length)
+        with self._averaged(), autocast(self.config.run.precision, self.device):
+            if self.mesh.reduction.rank == 0:  # and all that share its weights
                 samples = draw_samples(self.objective, self.config.sampling, prompt, key=self.config.run.seed)
+        if self.world.rank == 0:
             path = self.run_dir / "samples" / f"step-{self.step:08d}.jsonl"
-            settings, seed = self.config.sampling, self.config.run.seed
+            used, seed = sampler_settings(self.config.sampling, self.config.objective), self.config.run.seed
             try:
-                used = sampler_settings(settings, self.config.objective)
-                if self.world.rank == 0:
-                    write_samples(path, samples, self.tokenizer, used, step=self.step, seed=seed)
+                write_samples(path, samples, self.tokenizer, used, step=self.step, seed=seed)
             except OSError as error:
                 self.say(f"warning: {path} could not be written, training goes on: {error}")
         self.world.barrier()

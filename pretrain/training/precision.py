@@ -1,4 +1,5 @@
-"""Device and precision of a run: how the forward pass is computed. Weights, losses and times are never bf16."""
+"""Device and precision of a run: how the forward pass is computed. Losses, times, and the weights that the optimizer
+updates are never bf16."""
 
 from __future__ import annotations
 
@@ -10,6 +11,9 @@ from contextlib import nullcontext
 import torch
 
 from braid.pretrain.config.schema import RunConfig
+from braid.pretrain.objectives.base import Objective
+
+from .optimizer import parameter_kinds
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Names of two numbers in glibc's malloc.h."""
@@ -34,6 +38,26 @@ def autocast(precision: str, device: torch.device) -> torch.autocast | nullconte
     if precision == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()
+
+
+def cast_by_autocast(objective: Objective) -> list[str]:
+    """Names of the weights that autocast casts to bf16 in every use: the matrices of the network, but for those of
+    layers that their class calls `in_float32`. What an objective owns beside its network computes in float32."""
+    float32 = {
+        id(parameter)
+        for owner in objective.modules()
+        for layer in getattr(owner, "in_float32", ())
+        for parameter in owner.get_submodule(layer).parameters()
+    }
+    kinds = parameter_kinds(objective)
+    return [
+        name
+        for name, parameter in objective.named_parameters()
+        if parameter.requires_grad
+        and kinds[name] == "matrix"
+        and name.startswith("network.")
+        and id(parameter) not in float32
+    ]
 
 
 def _keep_freed_memory() -> bool:

@@ -23,8 +23,15 @@ from .loop import Trainer
 from .outcome import STATUS, clear_outcome, write_failed_start, write_outcome
 from .precision import prepare_process
 
-TRAINED = {"tensor", "sequence", "context", "context_by"}
-"""Fields of the section `parallel` that the trainer follows."""
+TRAINED = {
+    "tensor": None,
+    "sequence": None,
+    "context": None,
+    "context_by": None,
+    "overlap": None,
+    "engine": ("plain", "megatron"),
+}
+"""Fields of the section `parallel` that the trainer follows, and of which values; None: of all."""
 
 
 def main(recipe: str, overrides: Sequence[str]) -> int:
@@ -58,10 +65,15 @@ def _refuse_unbuilt(config: Config) -> None:
     """The trainer runs data, tensor, sequence and context parallelism; other plans are for `braid plan` so far."""
     default = ParallelConfig()
     given = {field.name: getattr(config.parallel, field.name) for field in fields(default)}
-    unbuilt = [name for name in given.keys() - TRAINED if given[name] != getattr(default, name)]
+    unbuilt = [
+        name
+        for name, value in given.items()
+        if value != getattr(default, name) and not (name in TRAINED and value in (TRAINED[name] or (value,)))
+    ]
     if unbuilt:
         raise ConfigError(
-            "this version trains with data, tensor, sequence and context parallelism; `braid plan` estimates more",
+            "this version trains with data, tensor, sequence and context parallelism, by the engines plain and "
+            "megatron; `braid plan` estimates other plans too",
             found=", ".join(f"parallel.{name} = {given[name]!r}" for name in sorted(unbuilt)),
             change="leave these fields of the section `parallel` at their defaults",
         )

@@ -42,7 +42,7 @@ def of_engine(world: World, config: Config, vocab_size: int) -> tuple[int, int]:
         corrupted = objective.corrupt(batch, Noise.training(1, 0, 1, ordinals))
         with autocast(config.run.precision, world.device):
             prediction = objective.predict(corrupted)
-        engine.backward(objective.loss(prediction, corrupted).total / length)
+        engine.backward(objective.loss(prediction, corrupted).total / length, last=True)
         del prediction, corrupted
         engine.step(1.0)
     return sum(parameter.nbytes for parameter in objective.parameters()), live_bytes() - before

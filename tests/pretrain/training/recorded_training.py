@@ -2,9 +2,9 @@
 
 FILE-rank-R gets a line of JSON for every micro-batch of training: `step`, `rank`, its `samples` (ordinal: a hash of
 the sample's tokens and of all that was drawn to corrupt it), and the `sum` and `count` of its loss. Environment:
-PADDED=1 cuts every sample to a length of its own, GRADIENTS=FOLDER keeps the reduced gradients of each step as
-FOLDER/STEP.pt, DENSE=1 starts from weights none of which is zero (gates and heads that start at zero would hide what
-lies behind them), RESAVED=FOLDER saves a checkpoint there as soon as the run has resumed.
+PADDED=1 cuts every sample to a length of its own, GRADIENTS=FOLDER keeps the whole gradients of each step, before they
+are clipped, as FOLDER/STEP.pt, DENSE=1 starts from weights none of which is zero (gates and heads that start at zero
+would hide what lies behind them), RESAVED=FOLDER saves a checkpoint there as soon as the run has resumed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from braid.data_pipeline.loader import Batch
-from braid.parallel import engine
+from braid.parallel import engine, megatron_engine
 from braid.pretrain.checkpoint.layout import gather_tensors, shards_of
 from braid.pretrain.checkpoint.store import CheckpointStore
 from braid.pretrain.command import run
@@ -41,7 +41,8 @@ class RecordedTrainer(loop.Trainer):
         self.record = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self.plain_corrupt, self.objective.corrupt = self.objective.corrupt, self.corrupt
         self.plain_loss, self.objective.loss = self.objective.loss, self.loss
-        self.plain_norm, engine.gradient_norm = engine.gradient_norm, self.gradient_norm
+        self.plain_norm = engine.gradient_norm
+        engine.gradient_norm = megatron_engine.gradient_norm = self.gradient_norm
         if RESAVED and self.step:
             self._save_in(CheckpointStore(RESAVED))
 
@@ -65,15 +66,15 @@ class RecordedTrainer(loop.Trainer):
         os.write(self.record, b"\n" + json.dumps(line).encode())  # a line torn by a kill does not spoil the next
         return terms
 
-    def gradient_norm(self, parameters, tensor):
+    def gradient_norm(self, held, tensor, *axes):
         if GRADIENTS:
-            gradients = {name: p.grad for name, p in self.objective.named_parameters()}
+            gradients = dict(self.engine.named([weight.grad for weight in held]))
             whole = gather_tensors(gradients, shards_of(self.objective), tensor)
             if self.world.rank == 0:
                 torch.save(
                     {name: gradient.clone() for name, gradient in whole.items()}, GRADIENTS / f"{self.step + 1}.pt"
                 )
-        return self.plain_norm(parameters, tensor)
+        return self.plain_norm(held, tensor, *axes)
 
     def _optimizer_step(self, micro_batches):
         return super()._optimizer_step([pad(batch) for batch in micro_batches] if PADDED else micro_batches)

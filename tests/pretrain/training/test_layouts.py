@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import Trainers, last_checkpoint, recorded, steps_of
+from training_runs import Trainers, assert_same_run, last_checkpoint, recorded, steps_of
 
 from braid.pretrain.config.load import recipes
 from braid.pretrain.telemetry.metrics_log import read_metrics
@@ -30,6 +30,9 @@ FIVE_STEPS = {
     "recorded": True,
 }
 SEQUENCE = {"parallel__tensor": 2, "parallel__sequence": True}
+MEGATRON = {"parallel__engine": "megatron"}
+ADAMW = {"optimizer__name": "adamw"}
+"""For runs by engines that cut parameters laid end to end, which have no Muon."""
 LAYOUTS = {
     "tensor 2": (2, {"parallel__tensor": 2}),
     "tensor 2 with sequence": (2, SEQUENCE),
@@ -38,11 +41,13 @@ LAYOUTS = {
     "context 2 by gather": (2, {"parallel__context": 2, "parallel__context_by": "gather"}),
     "context 2, data 2": (4, {"parallel__context": 2}),
     "tensor 2 with sequence, context 2": (4, SEQUENCE | {"parallel__context": 2}),
+    "megatron, data 2": (2, MEGATRON),
+    "megatron, tensor 2 with sequence, data 2": (4, MEGATRON | SEQUENCE),
 }
 SYSTEMS = [name for name in recipes() if name.startswith("tiny_") and name != "tiny_t5"]
 REFUSED = [("tiny_ar", "context 2 by gather")]
 QUICK = [(recipe, name) for recipe in SYSTEMS for name in ("tensor 2 with sequence", "context 2")]
-QUICK += [("tiny_ccdd", name) for name in LAYOUTS]
+QUICK += [("tiny_ccdd", name) for name in LAYOUTS] + [("tiny_elf", "megatron, data 2")]
 ALL = [case for case in itertools.product(SYSTEMS, LAYOUTS) if case not in REFUSED]
 
 
@@ -56,10 +61,15 @@ def train(trainers: Trainers, recipe: str, run: str, ranks: int, **fields: objec
 
 
 @pytest.fixture(scope="module")
-def alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
-    """alone(recipe): the folder of the run of one process, which is trained when it is first asked for."""
+def alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Path]]:
+    """alone(recipe, **fields): the folder of the run of one process, which is trained when it is first asked for."""
     trainers = Trainers(corpus, tmp_path_factory.mktemp("alone"))
-    yield cache(lambda recipe: train(trainers, recipe, recipe, 1))
+
+    @cache
+    def run(recipe: str, **fields: object) -> Path:
+        return train(trainers, recipe, "-".join([recipe, *map(str, fields.values())]), 1, **fields)
+
+    yield run
     trainers.close()
 
 
@@ -77,11 +87,12 @@ def samples(run_dir: Path) -> dict[int, dict[str, str]]:
     [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in ALL],
 )
 def test_every_layout_trains_as_one_process(
-    trainers: Trainers, alone: Callable[[str], Path], recipe: str, layout: str
+    trainers: Trainers, alone: Callable[..., Path], recipe: str, layout: str
 ) -> None:
     ranks, fields = LAYOUTS[layout]
-    whole = alone(recipe)
-    divided = train(trainers, recipe, "divided", ranks, **fields)
+    optimizer = ADAMW if "parallel__engine" in fields else {}
+    whole = alone(recipe, **optimizer)
+    divided = train(trainers, recipe, "divided", ranks, **optimizer, **fields)
     assert samples(divided) == samples(whole)
     lines, others = (read_metrics(run_dir / "metrics.jsonl") for run_dir in (divided, whole))
     for line, other in zip(lines, others, strict=True):
@@ -99,20 +110,36 @@ def test_every_layout_trains_as_one_process(
     assert written.count("\n") == expected.count("\n") == 2
 
 
-@pytest.mark.parametrize("recipe", ["tiny_ccdd", "tiny_elf", "tiny_di_ladd"])
-def test_a_run_goes_on_under_another_layout(trainers: Trainers, recipe: str) -> None:
-    """Tensor 2 -> one process -> tensor 2 with sequence and data 2. What is loaded is what was saved, to the bit; then
-    the run is the one that was never interrupted."""
-    train(trainers, recipe, "whole", 1, training__steps=15)
-    train(trainers, recipe, "moved", 2, parallel__tensor=2)
+TENSOR = [(2, {"parallel__tensor": 2}), (1, {}), LAYOUTS["tensor 2 with sequence, data 2"]]
+ENGINES = [LAYOUTS["megatron, data 2"], (1, {}), LAYOUTS["megatron, tensor 2 with sequence, data 2"]]
+CHAINS = [
+    *(("tensor", recipe, TENSOR) for recipe in ("tiny_ccdd", "tiny_elf", "tiny_di_ladd")),
+    *(("engines", recipe, ENGINES) for recipe in ("tiny_ccdd", "tiny_mdlm", "tiny_replaid", "tiny_elf")),
+]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "chain"),
+    [
+        pytest.param(recipe, chain, id=f"{name}-{recipe}", marks=[pytest.mark.slow] * (number > 3))
+        for number, (name, recipe, chain) in enumerate(CHAINS)
+    ],
+)
+def test_a_run_goes_on_under_another_layout(trainers: Trainers, recipe: str, chain: list[tuple[int, dict]]) -> None:
+    """From one layout to the next and the next. What is loaded is what was saved, to the bit; then the run is the one
+    that was never interrupted."""
+    optimizer = ADAMW if any("parallel__engine" in fields for _, fields in chain) else {}
+    first, second, third = ((ranks, fields | optimizer) for ranks, fields in chain)
+    train(trainers, recipe, "whole", 1, training__steps=15, **optimizer)
+    train(trainers, recipe, "moved", first[0], **first[1])
     saved = last_checkpoint(trainers.folder / "moved")
     # No step is left to do: what was loaded is evaluated, and nothing is saved again.
-    for ranks, fields in ((1, {}), LAYOUTS["tensor 2 with sequence"]):
+    for ranks, fields in (second, third):
         train(trainers, recipe, "moved", ranks, **fields)
         again = last_checkpoint(trainers.folder / "moved")
         assert again.step == saved.step == 5
-    train(trainers, recipe, "moved", 1, training__steps=10)
-    train(trainers, recipe, "moved", 4, training__steps=15, parallel__tensor=2, parallel__sequence=True)
+    train(trainers, recipe, "moved", second[0], training__steps=10, **second[1])
+    train(trainers, recipe, "moved", third[0], training__steps=15, **third[1])
     whole, moved = trainers.folder / "whole", trainers.folder / "moved"
     assert steps_of(moved) == steps_of(whole)
     assert samples(moved) == samples(whole)
@@ -129,7 +156,15 @@ def test_a_run_goes_on_under_another_layout(trainers: Trainers, recipe: str) -> 
         }
 
 
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
+def test_an_engine_that_divides_its_state_resumes_bit_for_bit(trainers: Trainers, precision: str) -> None:
+    fields = {"run__precision": precision, "training__validate_every": 6, "training__log_every": 2}
+    for run, steps in (("pieces", 6), ("pieces", 12), ("straight", 12)):
+        trainers.train("tiny_mdlm", run, ranks=2, **MEGATRON, **fields, training__steps=steps)
+    assert_same_run(trainers.folder / "pieces", trainers.folder / "straight")
+
+
 def test_a_plan_that_is_not_built_is_refused(trainers: Trainers) -> None:
-    process = trainers.start("tiny_mdlm", "refused", parallel__engine="megatron")
+    process = trainers.start("tiny_mdlm", "refused", parallel__engine="deepspeed")
     assert process.wait() == 2
-    assert "parallel.engine = 'megatron'" in process.err and "Traceback" not in process.err
+    assert "parallel.engine = 'deepspeed'" in process.err and "Traceback" not in process.err

@@ -1,0 +1,171 @@
+"""What runs on the ranks of test_megatron_engine.py, beside the training of engine_bodies.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from engine_bodies import OPTIMIZER, engine_for, losses, total
+from tensor_cases import build
+from torch import Tensor, nn
+
+from braid.parallel.data_parallel import World
+from braid.parallel.engine import Engine, NotFinite, PlainEngine
+from braid.parallel.megatron_engine import MegatronEngine
+from braid.parallel.mesh import Mesh, build_mesh
+from braid.parallel.plan import ParallelConfig
+from braid.pretrain.training.optimizer import build_optimizer
+from braid.pretrain.training.precision import cast_by_autocast
+
+MEGATRON = ParallelConfig(engine="megatron")
+BUCKET = 500
+
+
+def one_step(engine: Engine, mesh: Mesh) -> None:
+    for loss, last in losses(engine.module, mesh, "fp32"):
+        engine.backward(loss, last=last)
+    engine.step(1.0)
+
+
+def copies(named: Any) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in named}
+
+
+def round_trip(world: World, precision: str) -> list[int]:
+    """Weights of several shapes in and out of an engine, on any number of ranks; elements held by each."""
+    mesh = build_mesh(world, MEGATRON)
+    objective = build("elf")
+    before = copies(objective.named_parameters())
+    half = cast_by_autocast(objective) if precision == "bf16" else ()
+    engine = MegatronEngine(objective, build_optimizer(objective, OPTIMIZER), mesh, half=half, bucket_size=BUCKET)
+    assert {p.dtype for p in objective.parameters()} == {torch.float32} | ({torch.bfloat16} if half else set())
+
+    def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+        assert list(found) == list(wanted) == engine.names
+        for name, value in wanted.items():
+            assert found[name].dtype == torch.float32
+            assert torch.equal(found[name].view(torch.int32), value.view(torch.int32)), name  # -0.0 is not 0.0
+
+    same(copies(engine.named(engine.held)), before)
+    others = {name: torch.randn_like(value).mul_(1e-3) for name, value in before.items()}
+    for value in others.values():
+        mesh.reduction.broadcast(value)
+        value.view(-1)[::3] = -0.0
+    like = [torch.full_like(tensor, float("nan")) for tensor in engine.held]
+    engine.fill(like, others.__getitem__)
+    same(copies(engine.named(like)), others)
+    same(copies(engine.named(engine.held)), before)  # it is where it was
+    with engine.writing() as held:
+        engine.fill(held, others.__getitem__)
+    for name, value in objective.named_parameters():
+        assert torch.equal(value, others[name].to(value.dtype)), name
+    return [sum(tensor.numel() for tensor in engine.held), sum(value.numel() for value in before.values())]
+
+
+def not_finite(world: World, overlap: bool) -> None:
+    """One NaN on one rank: nothing changes anywhere, and the next step is as if it had not been."""
+    mesh = build_mesh(world, MEGATRON)
+    plan = ParallelConfig(engine="megatron", overlap=overlap)
+    engine, other = (engine_for("mdlm", mesh, plan, "fp32", BUCKET) for _ in range(2))
+    one_step(engine, mesh)
+    one_step(other, mesh)
+    before = copies(engine.named(engine.held)) | copies(engine.optimizer_state())
+    for loss, last in losses(engine.module, mesh, "fp32"):
+        engine.backward(loss * (float("nan") if last and world.rank == 1 else 1.0), last=last)
+    with pytest.raises(NotFinite):
+        engine.step(1.0)
+    after = copies(engine.named(engine.held)) | copies(engine.optimizer_state())
+    assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
+    one_step(engine, mesh)
+    one_step(other, mesh)
+    found, wanted = (copies(each.named(each.held)) for each in (engine, other))
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert total(engine.module, mesh, "fp32") == total(other.module, mesh, "fp32")
+
+
+class Branches(nn.Module):
+    """Layers that a pass uses or not, in any order, once or several times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleDict({name: nn.Linear(16, 16) for name in "abcdef"})
+        self.never = nn.Parameter(torch.ones(5))
+
+    def forward(self, x: Tensor, path: str) -> Tensor:
+        for name in path:
+            x = torch.tanh(self.layers[name](x))
+        return x.square().sum()
+
+
+PATHS = [
+    [["abc", "abcdef"], ["cba", "fedcba"]],
+    [["aa", "b"], ["bcb", "e"]],
+    [["abcdef", "f"], ["abcdef", "aadd"]],
+    [["fedcba", "c"], ["ffff", "abcdef"]],
+]
+"""[step][rank][micro-batch]: what is used is another in every pass, in the first step and in the last micro-batches."""
+
+
+def branches(engine: Engine, mesh: Mesh, ranks: range) -> dict[str, Tensor]:
+    """Weights after a step for each of PATHS, of the passes of some ranks."""
+    begun = []
+    for step, paths in enumerate(PATHS):
+        passes = [(rank, index, path) for rank in ranks for index, path in enumerate(paths[rank])]
+        for rank, index, path in passes:
+            draw = torch.Generator().manual_seed(100 * step + 10 * rank + index)
+            last = (rank, index, path) == passes[-1]
+            engine.backward(engine.module(torch.randn(3, 16, generator=draw), path), last=last)
+            begun += [(last, engine._begun)] if isinstance(engine, MegatronEngine) else []
+        engine.step(0.5)
+    if begun and engine.overlap:
+        assert not any(count for last, count in begun if not last), "before the gradients are complete"
+        assert max(count for _, count in begun) > 5, "a pass through all layers fills all buckets but one"
+    return copies(engine.named(engine.held)) | copies(engine.optimizer_state())
+
+
+def adamw(module: nn.Module) -> torch.optim.AdamW:
+    return torch.optim.AdamW(module.parameters(), lr=1e-2, eps=1e-4, weight_decay=0.1)
+
+
+def train_branches(world: World, overlap: bool) -> dict[str, Tensor]:
+    mesh, module = build_mesh(world, MEGATRON), Branches()
+    engine = MegatronEngine(module, adamw(module), mesh, overlap=overlap, bucket_size=1)
+    return branches(engine, mesh, range(world.rank, world.rank + 1))
+
+
+def train_branches_plainly() -> dict[str, Tensor]:
+    module = Branches()
+    return branches(PlainEngine(module, adamw(module), Mesh.single()), Mesh.single(), range(2))
+
+
+class Late:
+    """A bucket whose weights are not numbers until somebody waits for them."""
+
+    def __init__(self, bucket: Any) -> None:
+        bucket.param_gather_handle.wait()
+        (self.bucket,) = bucket.buckets
+        self.weights = self.bucket.param_data.clone()
+        self.bucket.param_data.fill_(float("nan"))
+        bucket.param_gather_handle = self
+
+    def wait(self) -> None:
+        self.bucket.param_data.copy_(self.weights)
+
+
+def read_late_weights(world: World, names: list[str]) -> dict[str, list[int]]:
+    """Training passes whose weights arrive at the last moment see the same as others; how many buckets were late and
+    how many there are."""
+    mesh, seen = build_mesh(world, MEGATRON), {}
+    for name in names:
+        engine = engine_for(name, mesh, MEGATRON, "fp32", BUCKET)
+        one_step(engine, mesh)
+        engine._settle()
+        wanted = [loss.detach() for loss, _ in losses(engine.module, mesh, "fp32")]
+        engine._begin_to_gather()
+        late = [Late(bucket) for bucket in engine._buckets if bucket.param_gather_handle is not None]
+        found = [loss.detach() for loss, _ in losses(engine.module, mesh, "fp32")]
+        assert found == wanted, name
+        seen[name] = [len(late), len(engine._buckets)]
+    return seen
