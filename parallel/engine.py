@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from braid.parallel.data_parallel import reduce_gradients
 from braid.parallel.layers import sum_partial_gradients
 from braid.parallel.mesh import Axis, Mesh
+from braid.parallel.pipeline import counts_here, sum_replicated_gradients
 
 
 class NotFinite(Exception):
@@ -37,8 +38,8 @@ class Engine(ABC):
     names: list[str]
     """Of the parameters of this process's part of the model that are trained."""
     held: list[Tensor]
-    """Float32 weights that this process updates; all ranks of the reduction axis together hold every weight that is
-    trained at least once."""
+    """Float32 weights that this process updates; all ranks of the reduction axis together hold every weight of their
+    stage of the pipeline that is trained at least once."""
 
     @abstractmethod
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -116,7 +117,8 @@ class PlainEngine(Engine):
     def step(self, clip_norm: float) -> Tensor:
         sum_partial_gradients(self.held, self.mesh.tensor)
         reduce_gradients(self.held, self.mesh.reduction)
-        norm = gradient_norm(self.held, self.mesh.tensor)
+        sum_replicated_gradients(self.held, self.mesh.pipeline)
+        norm = gradient_norm(self.held, self.mesh.tensor, None, self.mesh.pipeline)
         if not math.isfinite(norm.item()):
             self.optimizer.zero_grad(set_to_none=True)
             raise NotFinite
@@ -156,13 +158,20 @@ class PlainEngine(Engine):
         return {name: tensor for name, tensor in self.module.state_dict().items() if name not in trained}
 
 
-def gradient_norm(parameters: Sequence[Tensor], tensor: Axis | None = None, apart: Axis | None = None) -> Tensor:
-    """Global L2 norm over every gradient, float32 scalar; the same on all ranks of the axis `tensor`, whose parts of
-    divided gradients are added up. What every rank has whole counts once. Among the ranks of `apart`, where it is
-    given, all gradients are divided."""
-    divided = [p.grad for p in parameters if p.grad is not None and hasattr(p, "shard")]
-    whole = [p.grad for p in parameters if p.grad is not None and not hasattr(p, "shard")]
-    if apart is None and not divided:
+def gradient_norm(
+    parameters: Sequence[Tensor],
+    tensor: Axis | None = None,
+    apart: Axis | None = None,
+    pipeline: Axis | None = None,
+) -> Tensor:
+    """Global L2 norm over every gradient, float32 scalar; the same on all ranks of the axes `tensor`, whose parts of
+    divided gradients are added up, and `pipeline`, whose parameters are others. What several ranks have whole counts
+    once. Among the ranks of `apart`, where it is given, all gradients are divided."""
+    given = [p for p in parameters if p.grad is not None and counts_here(p, pipeline)]
+    divided = [p.grad for p in given if hasattr(p, "shard")]
+    whole = [p.grad for p in given if not hasattr(p, "shard")]
+    staged = pipeline is not None and pipeline.grouped
+    if apart is None and not divided and not staged:
         return torch.nn.utils.get_total_norm(whole)
     device = parameters[0].device
     squares = torch.stack([torch.nn.utils.get_total_norm(part).to(device).square() for part in (whole, divided)])
@@ -170,7 +179,8 @@ def gradient_norm(parameters: Sequence[Tensor], tensor: Axis | None = None, apar
         apart.all_reduce_sum(squares)
     if tensor is not None:
         tensor.all_reduce_sum(squares[1:])
-    return squares.sum().sqrt()
+    square = squares.sum()
+    return (pipeline.all_reduce_sum(square) if staged else square).sqrt()
 
 
 def clip_gradients(parameters: Sequence[Tensor], norm: Tensor, clip_norm: float) -> None:

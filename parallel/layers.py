@@ -33,6 +33,7 @@ from braid.kernels.errors import ConfigError
 from braid.parallel.context import UNDIVIDED, Context
 from braid.parallel.data_parallel import reduce_gradients
 from braid.parallel.mesh import Axis
+from braid.parallel.pipeline import ONE_PIECE, Stage
 
 
 @functools.cache
@@ -121,6 +122,8 @@ class Region:
     """Divide the hidden states along the positions."""
     context: Context = UNDIVIDED
     """How sequences are divided."""
+    stage: Stage = ONE_PIECE
+    """The blocks of the network that are on this process at all, where a pipeline divides them."""
 
     @property
     def size(self) -> int:
@@ -171,6 +174,10 @@ class Region:
     def length(self, x: Tensor) -> int:
         """L of hidden states [B, L, ...] that may be divided."""
         return x.shape[1] * (self.size if self.divided else 1)
+
+    def share(self, length: int) -> int:
+        """How many of the positions of a whole sequence are in the hidden states here."""
+        return length // self.context.size // (self.size if self.divided else 1)
 
     def positions(self, x_L: Tensor) -> Tensor:
         """This process's of a list of all positions that hidden states would have here if they were not divided."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,8 @@ from braid.kernels.errors import ConfigError, TrainingFailed
 from braid.parallel import megatron_cpu
 from braid.parallel.data_parallel import TIMEOUT_S, World
 from braid.parallel.plan import ParallelConfig
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,42 @@ class Axis:
         with self._named("sum"):
             dist.reduce_scatter_tensor(piece, tensor, group=self.group)
         return piece
+
+    def send(self, tensor: Tensor, to: int) -> None:
+        """Give a contiguous tensor to the position `to`, which receives it."""
+        with self._named("transfer"):
+            dist.send(tensor, group=self.group, group_dst=to)
+
+    def receive(self, tensor: Tensor, source: int) -> Tensor:
+        """Overwrite `tensor` with what the position `source` sends, of the same shape and type; returns it."""
+        with self._named("transfer"):
+            dist.recv(tensor, group=self.group, group_src=source)
+        return tensor
+
+    def broadcast_object(self, value: T, source: int = 0) -> T:
+        """The value of position `source` (anything that pickles) everywhere; what the others pass is ignored."""
+        if not self.grouped:
+            return value
+        box = [value]
+        with self._named("broadcast"):
+            dist.broadcast_object_list(box, group=self.group, group_src=source, device=torch.device("cpu"))
+        return box[0]
+
+    def all_gather_object(self, value: T) -> list[T]:
+        """The values of all positions (anything that pickles), in their order."""
+        if not self.grouped:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with self._named("gather"):
+            dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def gather_object(self, value: T) -> list[T]:
+        """The same on position 0; [] elsewhere."""
+        values: list[Any] = [None] * self.size if self.rank == 0 else []
+        with self._named("gather"):
+            dist.gather_object(value, values or None, group=self.group, group_dst=0)
+        return values
 
     @contextmanager
     def _named(self, what: str) -> Iterator[None]:

@@ -87,6 +87,8 @@ class PlanFacts:
     """Latent slots that are a sequence of their own beside the tokens; 0 for networks without."""
     alternates: bool = False
     """Blocks of two kinds take turns, so that a piece of the pipeline holds pairs."""
+    routed: bool = False
+    """Positions are sent to experts, whose balance one loss judges in all blocks."""
     causal: bool = False
     divisible: bool = True
     """False where the layers are another library's and stay whole."""
@@ -201,6 +203,13 @@ def _pieces(plan: ParallelConfig, facts: PlanFacts, world: int) -> Told:
     if facts.alternates:
         message = "every process of the pipeline needs a pair of blocks: two kinds alternate, which stay together"
     return message, _quotient(_units(facts), facts.num_units, f"pipeline {plan.pipeline}", plan.pipeline)
+
+
+def _experts(plan: ParallelConfig, facts: PlanFacts, world: int) -> Told:
+    if not facts.routed or plan.pipeline == 1:
+        return None
+    message = "the loss that balances the experts is of all blocks together, and the pipeline hands on the states alone"
+    return message, f"parallel.pipeline = {plan.pipeline}"
 
 
 def _sequence(plan: ParallelConfig, facts: PlanFacts, world: int) -> Told:
@@ -323,6 +332,7 @@ RULES: dict[str, tuple[_Rule, ...]] = {
         _Rule(("tensor",), _mlp),
         _Rule(("context",), _context),
         _Rule(("pipeline",), _pieces),
+        _Rule(("pipeline",), _experts),
     ),
     "sequence": (_Rule(("sequence", "tensor"), _sequence),),
     "attention": (_Rule(("context", "context_by"), _attention),),

@@ -6,10 +6,13 @@ the name of their parameter, those of the optimizer by `<parameter name>/<state 
 
 from __future__ import annotations
 
+import itertools
+
 from torch import Tensor, nn
 
 from braid.parallel.layers import Shard, gather_whole
 from braid.parallel.mesh import Axis
+from braid.parallel.pipeline import counts_here
 
 
 def shards_of(module: nn.Module) -> dict[str, Shard]:
@@ -34,6 +37,24 @@ def cut_tensors(tensors: dict[str, Tensor], shards: dict[str, Shard]) -> dict[st
         shard = _shard(key, tensor, shards)
         cut[key] = tensor if shard is None else shard.cut(tensor)
     return cut
+
+
+def gather_stages(groups: dict[str, dict[str, Tensor]], module: nn.Module, axis: Axis) -> dict[str, dict[str, Tensor]]:
+    """The tensors of all processes of the pipeline axis, on the first of them; of what several have, its own.
+    Collective, and the others get what they had."""
+    if not axis.grouped:
+        return groups
+    named = itertools.chain(module.named_parameters(), module.named_buffers())
+    mine = {name for name, tensor in named if counts_here(tensor, axis)}
+    parts = axis.gather_object(
+        {
+            group: {key: tensor.cpu() for key, tensor in tensors.items() if key.partition("/")[0] in mine}
+            for group, tensors in groups.items()
+        }
+    )
+    if axis.rank > 0:
+        return groups
+    return {group: {key: t for part in parts for key, t in part[group].items()} for group in groups}
 
 
 def _shard(key: str, tensor: Tensor, shards: dict[str, Shard]) -> Shard | None:

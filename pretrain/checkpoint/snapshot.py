@@ -17,7 +17,7 @@ from braid.kernels.errors import CheckpointError
 from braid.kernels.random import CONTRACT_VERSION
 from braid.parallel.engine import Engine
 from braid.parallel.layers import whole_shape
-from braid.parallel.mesh import Axis
+from braid.parallel.mesh import Mesh
 from braid.pretrain.config.load import dump_config, load_config
 from braid.pretrain.config.schema import Config
 from braid.pretrain.model.encoders import TableEncoder
@@ -25,7 +25,7 @@ from braid.pretrain.objectives.base import Objective
 from braid.pretrain.objectives.build import build_objective, saved_encoder
 from braid.pretrain.training.ema import EMA
 
-from .layout import cut_tensors, gather_tensors, shards_of
+from .layout import cut_tensors, gather_stages, gather_tensors, shards_of
 from .store import CheckpointStore
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -63,11 +63,8 @@ def checkpoint_files(config: Config, tokenizer: Tokenizer) -> dict[str, bytes]:
     return files
 
 
-def tensors_to_save(
-    objective: Objective, engine: Engine, ema: EMA | None, tensor: Axis
-) -> dict[str, dict[str, Tensor]]:
-    """All tensors of a checkpoint by group, whole whatever the layout. Collective over the axis `tensor`, whose ranks
-    get the same."""
+def tensors_to_save(objective: Objective, engine: Engine, ema: EMA | None, mesh: Mesh) -> dict[str, dict[str, Tensor]]:
+    """All tensors of a checkpoint by group, whole whatever the layout, on rank 0. Collective."""
     groups = {
         "weights": dict(engine.named(engine.held)) | engine.untrained(),
         "optimizer": dict(engine.optimizer_state()),
@@ -75,7 +72,9 @@ def tensors_to_save(
     if ema:
         groups["ema"] = dict(engine.named(ema.averages))
     shards = shards_of(objective)
-    groups = {name: gather_tensors(tensors, shards, tensor) for name, tensors in groups.items()}
+    groups = {name: gather_tensors(tensors, shards, mesh.tensor) for name, tensors in groups.items()}
+    if mesh.tensor.rank == mesh.reduction.rank == 0:
+        groups = gather_stages(groups, objective, mesh.pipeline)
     encoder = getattr(objective, "encoder", None)
     if isinstance(encoder, TableEncoder):
         groups["encoder"] = {"table": encoder.table}
@@ -133,6 +132,11 @@ def restore(
     ]
     running_shapes = {name: tensor.shape for name, tensor in objective.state_dict().items()}
     running_shapes |= {name: whole_shape(parameter) for name, parameter in objective.named_parameters()}
+    held, pipeline = running_shapes.keys(), objective.network.stage.axis
+    if pipeline is not None:
+        running_shapes = {
+            key: shape for part in pipeline.all_gather_object(running_shapes) for key, shape in part.items()
+        }
     differences += _shape_differences(snapshot.groups["weights"], running_shapes)
     changes = _setting_changes(snapshot.config, config)
     meaningful = ("model.", "objective.", "optimizer.name")
@@ -146,11 +150,12 @@ def restore(
         )
     shards = shards_of(objective)
     weights = cut_tensors(snapshot.groups["weights"], shards)
-    with engine.writing() as held:
+    with engine.writing() as trained:
         for name, tensor in engine.untrained().items():
             tensor.copy_(weights[name])
-        engine.fill(held, weights.__getitem__)
-    state = cut_tensors(snapshot.groups["optimizer"], shards)
+        engine.fill(trained, weights.__getitem__)
+    state = {key: value for key, value in snapshot.groups["optimizer"].items() if key.rpartition("/")[0] in held}
+    state = cut_tensors(state, shards)
     engine.load_optimizer_state(state.keys(), state.__getitem__)
     if ema and "ema" in snapshot.groups:
         engine.fill(ema.averages, cut_tensors(snapshot.groups["ema"], shards).__getitem__)

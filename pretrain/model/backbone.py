@@ -36,6 +36,8 @@ class Backbone(Network):
     parts: ClassVar[dict[str, str]] = {"blocks": "blocks", "token_embedding": "embedding", "token_head": "heads"}
     divided: ClassVar = {"token_embedding": Rows(), "token_head.linear": Columns()}
     inside: ClassVar = ("blocks", "token_head")
+    at_start: ClassVar = ("token_embedding",)
+    at_end: ClassVar = ("token_head",)
 
     def __init__(
         self,
@@ -77,7 +79,10 @@ class Backbone(Network):
         keys and values it holds; theirs are added to it.
         """
         c_BC = self.condition(tokens, times)
-        return Prediction(self.vocabulary.logits(self.token_head(self.trunk(tokens, c_BC, dropout, cache), c_BC)))
+        x_BLW = self.trunk(tokens, c_BC, dropout, cache)
+        if not self.stage.at_end:
+            return x_BLW
+        return Prediction(self.vocabulary.logits(self.token_head(x_BLW, c_BC)))
 
     def condition(self, tokens_BL: Tensor, times_B: Tensor | None) -> Tensor:
         """The conditioning vector [B, C] of every sequence."""
@@ -89,7 +94,7 @@ class Backbone(Network):
     def embed(self, tokens: Tensor) -> Tensor:
         """[B, L] or soft [B, L, V] to [B, L, W]."""
         if tokens.is_floating_point():
-            return self.region.collect(self.vocabulary.columns(tokens) @ self.token_embedding.weight)
+            return self.region.collect(self.vocabulary.columns(tokens) @ self.token_embedding.weight).float()
         return self.token_embedding(tokens)
 
     def trunk(
@@ -99,9 +104,10 @@ class Backbone(Network):
         dropout: DropoutKey | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """The hidden states [B, L, W] after the last block, before the head."""
+        """The hidden states [B, L, W], float32, after the last block that runs, before the head."""
         assert cache is None or self.causal, "only a causal model can leave earlier positions as they were"
-        return run_blocks(self.blocks, self.config, self.embed(tokens_BL), c_BC, dropout, cache, self.region)
+        x_BLW = self.embed(tokens_BL) if self.stage.at_start else self.stage.incoming
+        return run_blocks(self.stage.pick(self.blocks), self.config, x_BLW, c_BC, dropout, cache, self.region)
 
     def probe(self, tokens_BL: Tensor) -> Tensor:
         times_B = torch.full((len(tokens_BL),), 0.5, device=tokens_BL.device)

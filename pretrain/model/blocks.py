@@ -6,7 +6,7 @@ the attention, half-split RoPE, tanh-GELU MLP with biases, adaLN-Zero. Shape suf
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -38,10 +38,9 @@ class KeyValueCache:
     def __init__(self) -> None:
         self._held: dict[int, tuple[Tensor, Tensor]] = {}
 
-    @property
-    def length(self) -> int:
-        """Positions held."""
-        return self._held[0][0].shape[2] if self._held else 0
+    def length(self, layer: int) -> int:
+        """Positions held of a layer."""
+        return self._held[layer][0].shape[2] if layer in self._held else 0
 
     def extend(self, layer: int, k_BHLK: Tensor, v_BHLK: Tensor) -> tuple[Tensor, Tensor]:
         """Add the new positions of a layer; returns all of them."""
@@ -149,7 +148,7 @@ class Block(nn.Module):
 
 
 def run_blocks(
-    blocks: nn.ModuleList,
+    blocks: Sequence[nn.Module],
     model: ModelConfig,
     x_BLW: Tensor,
     c_BC: Tensor,
@@ -165,7 +164,7 @@ def run_blocks(
 
 
 def block_runner(
-    blocks: nn.ModuleList,
+    blocks: Sequence[nn.Module],
     model: ModelConfig,
     x_BLW: Tensor,
     c_BC: Tensor,
@@ -178,9 +177,9 @@ def block_runner(
     before the first block, [B, L, W] or with strands [B, L, S, W]; where `region` divides it, RoPE is for all L
     positions, which attention gets, and dropout for those that are here."""
     length = region.length(x_BLW)
-    start = cache.length if cache is not None else region.context.start(length)
+    start = region.context.start(length) if cache is None else cache.length(blocks[0].layer)
     rope = rope_tables(length, model.width // model.num_heads, model.rope_base, x_BLW.device, start=start)
-    if blocks.training and model.dropout > 0:
+    if blocks[0].training and model.dropout > 0:
         assert dropout is not None, "dropout in training needs its key"
         dropout = replace(dropout, positions=region.positions(dropout.positions))
     else:

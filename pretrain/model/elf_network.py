@@ -52,6 +52,11 @@ class ELFNetwork(Network):
     parts: ClassVar[dict[str, str]] = {"blocks": "blocks", "denoise_head": "heads", "decode_head": "heads"}
     inside: ClassVar = ("blocks",)
     in_float32: ClassVar = ("self_condition", "bottleneck", "input", "time_embedding", "guidance_embedding")
+    at_start: ClassVar = (
+        *("self_condition", "bottleneck", "input", "time_embedding", "guidance_embedding"),
+        *("time_tokens", "guidance_tokens", "mode_tokens"),
+    )
+    at_end: ClassVar = ("denoise_head", "decode_head")
 
     def __init__(
         self,
@@ -100,6 +105,8 @@ class ELFNetwork(Network):
         mode (bool [B]), and where text is (bool [B, L]; the rest is padding and is not attended to). Runs under the
         caller's autocast; inputs, conditioning and the denoise head stay float32."""
         x_BLW = self.trunk(z_BLD, estimate_BLD, tau_B, guidance_B, decode_B, valid_BL)
+        if not self.stage.at_end:
+            return x_BLW
         return ELFPrediction(
             self.denoise_head(x_BLW) if "denoise" in heads else None,
             self.vocabulary.logits(self.decode_head(x_BLW)) if "decode" in heads else None,
@@ -108,8 +115,27 @@ class ELFNetwork(Network):
     def trunk(
         self, z_BLD: Tensor, estimate_BLD: Tensor, tau_B: Tensor, guidance_B: Tensor, decode_B: Tensor, valid_BL: Tensor
     ) -> Tensor:
-        """Hidden states of the text [B, L, W] after the last block, float32."""
-        context = self.region.context
+        """Hidden states of the text [B, L, W] after the last block, float32; before another piece, with those of the
+        tokens before it."""
+        model, context, length = self.config, self.region.context, z_BLD.shape[1]
+        x_BNW = self.stage.incoming
+        if self.stage.at_start:
+            x_BNW = self.embed(z_BLD, estimate_BLD, tau_B, guidance_B, decode_B)
+        num_prefix = NUM_PREFIX // context.size
+        head_dim, start = model.width // model.num_heads, context.start(length)
+        rope = prefixed(rope_tables(length, head_dim, model.rope_base, z_BLD.device, start=start), num_prefix)
+        keys_B11N = context.gather(F.pad(valid_BL, (num_prefix, 0), value=True))[:, None, None]
+        recompute = model.activation_checkpointing == "block" and torch.is_grad_enabled()
+        for block in self.stage.pick(self.blocks):
+            if recompute:
+                flags = {"use_reentrant": False, "preserve_rng_state": False}
+                x_BNW = checkpoint(block, x_BNW, rope, keys_B11N, **flags)
+            else:
+                x_BNW = block(x_BNW, rope, keys_B11N)
+        return self.region.leave(x_BNW)[:, num_prefix:] if self.stage.at_end else x_BNW
+
+    def embed(self, z_BLD: Tensor, estimate_BLD: Tensor, tau_B: Tensor, guidance_B: Tensor, decode_B: Tensor) -> Tensor:
+        """The state before the first block: this process's of the twelve tokens, and its text."""
         with torch.autocast(z_BLD.device.type, enabled=False):
             x_BLD = self.self_condition(torch.cat([z_BLD, estimate_BLD], dim=-1))
             x_BLW = self.input(self.bottleneck(x_BLD))
@@ -121,20 +147,11 @@ class ELFNetwork(Network):
                 ],
                 dim=1,
             )
-            prefix_BPW = context.part(prefix_B12W)
-            x_BNW = self.region.enter(torch.cat([prefix_BPW, x_BLW], dim=1))
-        model, (length, num_prefix) = self.config, (z_BLD.shape[1], prefix_BPW.shape[1])
-        head_dim, start = model.width // model.num_heads, context.start(length)
-        rope = prefixed(rope_tables(length, head_dim, model.rope_base, z_BLD.device, start=start), num_prefix)
-        keys_B11N = context.gather(F.pad(valid_BL, (num_prefix, 0), value=True))[:, None, None]
-        recompute = model.activation_checkpointing == "block" and torch.is_grad_enabled()
-        for block in self.blocks:
-            if recompute:
-                flags = {"use_reentrant": False, "preserve_rng_state": False}
-                x_BNW = checkpoint(block, x_BNW, rope, keys_B11N, **flags)
-            else:
-                x_BNW = block(x_BNW, rope, keys_B11N)
-        return self.region.leave(x_BNW)[:, num_prefix:]
+            prefix_BPW = self.region.context.part(prefix_B12W)
+            return self.region.enter(torch.cat([prefix_BPW, x_BLW], dim=1))
+
+    def hidden_shape(self, num_rows: int, length: int) -> tuple[int, ...]:
+        return super().hidden_shape(num_rows, NUM_PREFIX + length)
 
     def probe(self, tokens_BL: Tensor) -> Tensor:
         """There is no token table: each token gets a fixed random latent vector."""

@@ -44,6 +44,8 @@ class EmbeddingNetwork(Network):
     parts: ClassVar[dict[str, str]] = {"blocks": "blocks", "embedding": "embedding", "token_head": "heads"}
     divided: ClassVar = {"token_head.linear": Columns()}
     inside: ClassVar = ("blocks", "token_head", "input", "estimate_input")
+    at_start: ClassVar = ("input", "estimate_input")
+    at_end: ClassVar = ("token_head",)
 
     def __init__(
         self, model: ModelConfig, *, vocab_size: int, num_dims: int, seed: int, region: Region = ALONE
@@ -82,15 +84,22 @@ class EmbeddingNetwork(Network):
         1, and zero where there is no estimate; `level` is what the time embedding reads (gamma, or the time).
         """
         c_BC = self.region.condition(self.time_embedding(level_B))
-        return self.vocabulary.logits(self.token_head(self.trunk(inputs_BLD, estimates_BLD, c_BC, dropout), c_BC))
+        x_BLW = self.trunk(inputs_BLD, estimates_BLD, c_BC, dropout)
+        if not self.stage.at_end:
+            return x_BLW
+        return self.vocabulary.logits(self.token_head(x_BLW, c_BC))
 
     def trunk(
         self, inputs_BLD: Tensor, estimates_BLD: Tensor, c_BC: Tensor, dropout: DropoutKey | None = None
     ) -> Tensor:
-        """The hidden states [B, L, W] after the last block, before the head."""
+        """The hidden states [B, L, W], float32, after the last block that runs, before the head."""
+        x_BLW = self.embed(inputs_BLD, estimates_BLD) if self.stage.at_start else self.stage.incoming
+        return run_blocks(self.stage.pick(self.blocks), self.config, x_BLW, c_BC, dropout, region=self.region)
+
+    def embed(self, inputs_BLD: Tensor, estimates_BLD: Tensor) -> Tensor:
+        """The state before the first block."""
         inputs_BLD, estimates_BLD = self.region.enter(inputs_BLD), self.region.enter(estimates_BLD)
-        x_BLW = self.input(inputs_BLD) + self.estimate_input(self.num_dims**0.5 * estimates_BLD)
-        return run_blocks(self.blocks, self.config, x_BLW.float(), c_BC, dropout, region=self.region)
+        return (self.input(inputs_BLD) + self.estimate_input(self.num_dims**0.5 * estimates_BLD)).float()
 
     def probe(self, tokens_BL: Tensor) -> Tensor:
         inputs_BLD = self.num_dims**0.5 * self.embedding()[tokens_BL]

@@ -71,6 +71,8 @@ class JointNetwork(Network):
     }
     divided: ClassVar = {"token_embedding": Rows(), "token_head.linear": Columns()}
     inside: ClassVar = ("blocks", "token_head", "latent_input", "latent_head")
+    at_start: ClassVar = ("token_embedding", "latent_input")
+    at_end: ClassVar = ("token_head", "latent_head")
 
     def __init__(
         self,
@@ -103,7 +105,8 @@ class JointNetwork(Network):
         raise NotImplementedError
 
     def trunk(self, x_BLSW: Tensor, c_BSC: Tensor, dropout: DropoutKey | None) -> tuple[Tensor, Routing | None]:
-        """Both strands [B, L, S, W] after the last block, and the routing of all positions."""
+        """From the state before the first block that runs, as `embed` makes it, to that after the last, float32, and
+        the routing of all positions."""
         raise NotImplementedError
 
     def block_costs(self) -> BlockCosts:
@@ -123,8 +126,11 @@ class JointNetwork(Network):
         where the configured probability is not 0, and ignored otherwise.
         """
         c_BSC = self.condition(times, latent_times)
-        x_BLSW, routing = self.trunk(self.embed(tokens, latents, c_BSC), c_BSC, dropout)
-        x_BLW, z_BLW = x_BLSW.unbind(2)
+        x_BLSW = self.embed(tokens, latents, c_BSC) if self.stage.at_start else self.stage.incoming
+        x_BLSW, routing = self.trunk(x_BLSW, c_BSC, dropout)
+        if not self.stage.at_end:
+            return x_BLSW
+        x_BLW, z_BLW = self.strands(x_BLSW)
         logits_BLV = self.vocabulary.logits(self.token_head(x_BLW, c_BSC[:, 0]))
         latents_BLD = self.region.leave(self.latent_head(z_BLW, c_BSC[:, 1]))
         return JointPrediction(logits_BLV, latents_BLD.float(), routing)
@@ -142,11 +148,17 @@ class JointNetwork(Network):
         z_BLW = self.latent_input(self.region.enter(latents_BLD), c_BSC[:, 1])
         return torch.stack([self.token_embedding(tokens_BL), z_BLW], 2)
 
+    def strands(self, x_BLSW: Tensor) -> tuple[Tensor, Tensor]:
+        """What the token head and the latent head see of the state after the last block, [B, L, W] each."""
+        return x_BLSW.unbind(2)
+
     def probe(self, tokens_BL: Tensor) -> Tensor:
         times_B = torch.full((len(tokens_BL),), 0.5, device=tokens_BL.device)
         latents_BLD = tokens_BL.new_zeros(*tokens_BL.shape, self.latent_dim, dtype=torch.float32)
         c_BSC = self.condition(times_B, times_B if self.latent_time_embedding is not None else None)
-        return self.trunk(self.embed(tokens_BL, latents_BLD, c_BSC), c_BSC, None)[0][:, :, 0]
+        x_BLSW = self.embed(tokens_BL, latents_BLD, c_BSC) if self.stage.at_start else self.stage.incoming
+        x_BLSW, _ = self.trunk(x_BLSW, c_BSC, None)
+        return self.strands(x_BLSW)[0] if self.stage.at_end else x_BLSW
 
     def training_flops(self, sequence_length: int) -> TrainingFlops:
         width, cond, latent_dim = self.config.width, self.config.cond_dim, self.latent_dim
@@ -164,14 +176,21 @@ class JointNetwork(Network):
 
 
 class MDiT(JointNetwork):
-    """Both strands added at the input of one transformer, two heads on its end. The blocks follow the tokens' time."""
+    """Both strands added at the input of one transformer, two heads on its end: the state is [B, L, W]. The blocks
+    follow the tokens' time."""
 
     def make_blocks(self) -> Iterable[nn.Module]:
         return (Block(self.config, layer, causal=False) for layer in range(self.config.num_layers))
 
-    def trunk(self, x_BLSW: Tensor, c_BSC: Tensor, dropout: DropoutKey | None) -> tuple[Tensor, Routing | None]:
-        x_BLW = run_blocks(self.blocks, self.config, x_BLSW.sum(2), c_BSC[:, 0], dropout, region=self.region)
-        return x_BLW[:, :, None].expand(-1, -1, 2, -1), None
+    def embed(self, tokens_BL: Tensor, latents_BLD: Tensor, c_BSC: Tensor) -> Tensor:
+        return super().embed(tokens_BL, latents_BLD, c_BSC).sum(2)
+
+    def trunk(self, x_BLW: Tensor, c_BSC: Tensor, dropout: DropoutKey | None) -> tuple[Tensor, Routing | None]:
+        blocks = self.stage.pick(self.blocks)
+        return run_blocks(blocks, self.config, x_BLW, c_BSC[:, 0], dropout, region=self.region), None
+
+    def strands(self, x_BLW: Tensor) -> tuple[Tensor, Tensor]:
+        return x_BLW, x_BLW
 
     def block_costs(self) -> BlockCosts:
         layers, width = self.config.num_layers, self.config.width
@@ -193,6 +212,9 @@ class TwoStrandNetwork(JointNetwork):
 
     def initial_rule(self, name: str, shape: torch.Size) -> float | None:
         return 1 / math.sqrt(3 * self.latent_dim) if name.startswith("latent_input.linear.") else None
+
+    def hidden_shape(self, num_rows: int, length: int) -> tuple[int, ...]:
+        return num_rows, self.region.share(length), 2, self.config.width
 
 
 def drop(x: Tensor, keep: Tensor | None, probability: float) -> Tensor:

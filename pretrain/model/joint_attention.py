@@ -120,6 +120,8 @@ class JointDenoiser(Network):
     }
     divided: ClassVar = {"token_embedding": Rows(), "token_head.linear": Columns()}
     inside: ClassVar = ("blocks", "token_head", "latent_input", "latent_head")
+    at_start: ClassVar = ("token_embedding", "latent_input", "slot_embedding")
+    at_end: ClassVar = ("token_head", "latent_head")
 
     def __init__(
         self,
@@ -178,6 +180,8 @@ class JointDenoiser(Network):
         """Tokens int64 [B, L], latents [B, S, D], times in [0, 1] [B] of each; runs under the caller's autocast."""
         c_BC = self.condition(token_times, latent_times)
         x_BLW, y_BSW = self.trunk(tokens, latents, c_BC, dropout)
+        if not self.stage.at_end:
+            return torch.cat([x_BLW, y_BSW], 1)
         latents_BSO = self.region.leave(self.latent_head(y_BSW, c_BC))
         return SlotPrediction(self.vocabulary.logits(self.token_head(x_BLW, c_BC)), latents_BSO.float())
 
@@ -196,25 +200,39 @@ class JointDenoiser(Network):
     def trunk(
         self, tokens_BL: Tensor, latents_BSD: Tensor, c_BC: Tensor, dropout: DropoutKey | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Hidden states of both streams after the last block."""
-        config, context = self.config, self.region.context
+        """Hidden states of both streams after the last block that runs, float32."""
         assert latents_BSD.shape[1:] == (self.slots_here, self.latent_dim), "the latents do not fit the network"
-        x_BLW, y_BSW = self.token_embedding(tokens_BL), self.latent_input(self.region.enter(latents_BSD))
-        if self.latent_positions == "learned":
-            y_BSW = y_BSW + self.region.enter(context.part(self.slot_embedding[None]))
+        config, incoming = self.config, self.stage.incoming
+        if self.stage.at_start:
+            x_BLW, y_BSW = self.embed(tokens_BL, latents_BSD)
+        else:
+            num_slots = self.region.share(self.num_slots)
+            x_BLW, y_BSW = incoming.split([incoming.shape[1] - num_slots, num_slots], 1)
         rope = self.rope(tokens_BL.shape[1], tokens_BL.device)
         if self.training and config.dropout > 0:
             assert dropout is not None, "dropout in training needs its key"
         else:
             dropout = None
         recompute = config.activation_checkpointing == "block" and torch.is_grad_enabled()
-        for block in self.blocks:
+        for block in self.stage.pick(self.blocks):
             if recompute:
                 flags = {"use_reentrant": False, "preserve_rng_state": False}
                 x_BLW, y_BSW = checkpoint(self._run, block, x_BLW, y_BSW, c_BC, rope, dropout, **flags)
             else:
                 x_BLW, y_BSW = self._run(block, x_BLW, y_BSW, c_BC, rope, dropout)
         return x_BLW, y_BSW
+
+    def embed(self, tokens_BL: Tensor, latents_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Both streams before the first block."""
+        y_BSW = self.latent_input(self.region.enter(latents_BSD)).float()
+        if self.latent_positions == "learned":
+            y_BSW = y_BSW + self.region.enter(self.region.context.part(self.slot_embedding[None]))
+        return self.token_embedding(tokens_BL), y_BSW
+
+    def hidden_shape(self, num_rows: int, length: int) -> tuple[int, ...]:
+        """Both streams, one after the other."""
+        share = self.region.share
+        return num_rows, share(length) + share(self.num_slots), self.config.width
 
     def _run(
         self,
@@ -245,7 +263,8 @@ class JointDenoiser(Network):
     def probe(self, tokens_BL: Tensor) -> Tensor:
         times_B = torch.full((len(tokens_BL),), 0.5, device=tokens_BL.device)
         latents_BSD = torch.zeros(len(tokens_BL), self.slots_here, self.latent_dim, device=tokens_BL.device)
-        return self.trunk(tokens_BL, latents_BSD, self.condition(times_B, times_B))[0]
+        streams = self.trunk(tokens_BL, latents_BSD, self.condition(times_B, times_B))
+        return streams[0] if self.stage.at_end else torch.cat(streams, 1)
 
     def training_flops(self, sequence_length: int) -> TrainingFlops:
         """As model/flops.py counts: the slots' linear layers and head are spread over the tokens, and every one of the

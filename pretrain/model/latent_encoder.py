@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from braid.parallel.context import UNDIVIDED
 from braid.parallel.layers import ALONE, Region, Rows
+from braid.parallel.pipeline import ONE_PIECE
 from braid.pretrain.config.schema import ModelConfig
 from braid.pretrain.model.blocks import Block, DropoutKey, run_blocks
 from braid.pretrain.model.conditioning import LayerNorm, TimeEmbedding
@@ -42,7 +43,8 @@ class LatentEncoder(Network):
         super().__init__()
         self.config, self.vocab_size, self.mask_id = model, vocab_size, mask_id
         self.num_slots, self.latent_dim = num_slots, latent_dim
-        self.region = replace(region, context=UNDIVIDED)  # it is part of the corruption, which is of whole sequences
+        # It is part of the corruption: every stage does that, of whole sequences.
+        self.region = replace(region, context=UNDIVIDED, stage=ONE_PIECE)
         device = torch.get_default_device()
         with torch.device("meta"):
             self.token_embedding = nn.Embedding(vocab_size, model.width)

@@ -6,7 +6,7 @@ an objective knows both. The training loop, the direction probe and the report k
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from braid.kernels.errors import ConfigError
 from braid.parallel.context import divide_attention
 from braid.parallel.layers import ALONE, Columns, Region, Rows, mark_parameters, shard_layers, whole_shape
+from braid.parallel.pipeline import Stage, counts_here
 from braid.parallel.vocabulary import Vocabulary
 from braid.pretrain.model.flops import TrainingFlops
 from braid.pretrain.model.initialisation import initialise
@@ -23,7 +24,9 @@ class Network(nn.Module):
     """Base of all networks. A subclass makes its modules on the meta device and calls `materialise` last.
 
     Shapes: B sequences, L positions, W width, V vocabulary. Where the layers are divided among processes (`region`),
-    the logits a network gives are those of this process's part of the vocabulary (`vocabulary`), in all modes.
+    the logits a network gives are those of this process's part of the vocabulary (`vocabulary`), in all modes. Where
+    the blocks are in pieces on several processes, `forward` and `probe` are about the piece that runs (`stage`), and
+    return hidden states unless that is the last one; a call of the network is about all of it.
     """
 
     causal = False
@@ -39,11 +42,27 @@ class Network(nn.Module):
     """First components of the names of what works on hidden states that may be divided along the positions."""
     in_float32: ClassVar[tuple[str, ...]] = ()
     """Layers of the network's own that compute in float32 whatever autocast says; other classes say it themselves."""
+    at_start: ClassVar[tuple[str, ...]] = ()
+    """Children and parameters that come before the blocks and are needed nowhere else."""
+    at_end: ClassVar[tuple[str, ...]] = ()
+    """Those that come after the blocks."""
 
     @property
     def vocabulary(self) -> Vocabulary:
         """What losses and samplers use the logits by."""
         return Vocabulary(self.vocab_size, self.region.axis)
+
+    @property
+    def stage(self) -> Stage:
+        """Which of the blocks are on this process, and which run now."""
+        return self.region.stage
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self.stage.through(super().__call__, *arguments, **options)
+
+    def hidden_shape(self, num_rows: int, length: int) -> tuple[int, ...]:
+        """Shape of the hidden states between two blocks, of rows with that many tokens."""
+        return num_rows, self.region.share(length), self.config.width
 
     def probe(self, tokens_BL: Tensor) -> Tensor:
         """Hidden states [B, L, W] after the last block, everything beside the tokens neutral (times 1/2, latents 0);
@@ -63,13 +82,14 @@ class Network(nn.Module):
         """Give parameters made on `meta` their storage on `device` and their initial values, a function of (seed,
         name). On `meta` nothing happens: a network without values serves for counting.
 
-        Layers that are divided are so from here on, and this process never holds the whole of them. Raises ConfigError
-        where the heads do not divide.
+        Layers that are divided are so from here on, and this process never holds the whole of them, nor the blocks that
+        are on others. Raises ConfigError where the heads do not divide.
         """
         divide_attention(self, self.region.context)
         if self.region.size > 1:
             self._check_heads()
             shard_layers(self, self.region)
+        self.stage.drop_elsewhere(self, self.at_start, self.at_end)
         if device.type != "meta":
             self.to_empty(device=device)
         if self.region.size > 1:
@@ -89,9 +109,11 @@ class Network(nn.Module):
 
 def parameter_counts(network: Network) -> dict[str, int]:
     """Parameters by part: `blocks`, `embedding` (token table), `heads` (token and latent), `other` (time embedding,
-    latent input, ...) and `total`, of the whole network where it is divided. Published sizes of the DiT line ("92.1M")
-    count the blocks alone."""
-    count = {"blocks": 0, "embedding": 0, "heads": 0, "other": 0}
+    latent input, ...) and `total`, of the whole network where it is divided: collective over its pipeline. Published
+    sizes of the DiT line ("92.1M") count the blocks alone."""
+    count, stage = {"blocks": 0, "embedding": 0, "heads": 0, "other": 0}, network.stage
     for name, parameter in network.named_parameters():
-        count[network.parts.get(name.partition(".")[0], "other")] += whole_shape(parameter).numel()
+        if counts_here(parameter, stage.axis):
+            count[network.parts.get(name.partition(".")[0], "other")] += whole_shape(parameter).numel()
+    count = dict(zip(count, stage.add_up(list(count.values())), strict=True))
     return count | {"total": sum(count.values())}

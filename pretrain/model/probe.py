@@ -26,8 +26,8 @@ class _Trunk(torch.nn.Module):
         self.network = network
 
     def forward(self, tokens_BL: Tensor) -> Tensor:
-        context = self.network.region.context
-        return context.gather(self.network.probe(context.part(tokens_BL)))
+        network, context = self.network, self.network.region.context
+        return context.gather(network.stage.through(network.probe, context.part(tokens_BL)))
 
 
 @torch.no_grad()

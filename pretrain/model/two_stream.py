@@ -46,7 +46,8 @@ class MMDiT(TwoStrandNetwork):
         return (kinds[layer % 2](self.config, layer) for layer in range(self.config.num_layers))
 
     def trunk(self, x_BLSW: Tensor, c_BSC: Tensor, dropout: DropoutKey | None) -> tuple[Tensor, Routing | None]:
-        return run_blocks(self.blocks, self.config, x_BLSW, c_BSC, dropout, region=self.region), None
+        blocks = self.stage.pick(self.blocks)
+        return run_blocks(blocks, self.config, x_BLSW, c_BSC, dropout, region=self.region), None
 
     def block_costs(self) -> BlockCosts:
         groups, width = self.config.num_layers // 2, self.config.width

@@ -2,19 +2,23 @@
 
     corrupt(batch, noise) -> Corrupted      pure: the same for the same (batch, noise, parameters, state), on any layout
     Corrupted.part(context)     this process's positions, where sequences are divided; what follows sees no others
-    predict(corrupted) -> what the network says, by one call or, stated explicitly, several
+    passes(corrupted) -> Corrupted          calls of the network without gradient that come before, one after the other
+    call(corrupted) -> what the network says    the one call with gradient
     loss(prediction, corrupted) -> LossTerms    sums and a count, divided once, by the global count
     evaluate(batch, noise) -> {figure: sum per sequence}    one Monte-Carlo draw of each figure
 
 An objective owns its network as `network` and uses its logits by `vocabulary`, for they may be divided among processes.
 So may sequences be, while the network is trained: a loss that is no sum over positions uses `context`.
+Where the network is in pieces on several processes (parallel/pipeline.py), all of them corrupt alike, a call of the
+network gives hidden states unless `network.stage.at_end`, and `loss` is called on the process with the heads alone.
 Shapes: B sequences, L positions, D latent dimensions, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -151,6 +155,17 @@ class LossTerms:
     statistics: dict[str, Tensor] = field(default_factory=dict)
     """Detached float64 tensors of any shape: what `update_state` needs, summed over micro-batches and over ranks with
     rows of their own. They speak of whole rows: all processes among which a sequence is divided have the same."""
+    row_losses: Tensor | None = None
+    """What `finish_gradients` needs of each row, detached [B]."""
+
+
+class Pass(NamedTuple):
+    """One call of the network without gradient."""
+
+    call: Callable[[], Tensor]
+    """Makes it: the result that all processes go on with, or the network's hidden states."""
+    num_rows: int
+    """How many rows the network sees."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +182,8 @@ class Figure:
 
 
 class Objective(nn.Module):
-    """Base of all objectives. Subclasses set `figures` and implement the four methods of the module's docstring.
+    """Base of all objectives. Subclasses set `figures` and implement the methods of the module's docstring; most have
+    no `passes`, and a `call` like the one here.
 
     An objective may own parameters beside its network's (a learned schedule, embeddings) and state in registered
     buffers (a codebook, running averages); both are saved and restored with it.
@@ -178,6 +194,8 @@ class Objective(nn.Module):
     causal = False
     extra_forward_passes = 0.0
     """Forward passes without gradient that a training step makes beside the main one, per sequence."""
+    follows_row_losses = False
+    """Some gradients depend on the losses of rows (`finish_gradients`)."""
     encoder: Any = None
     """The frozen encoder of a joint model (no Module: not trained, not saved with the weights), or None."""
     step = 0
@@ -201,13 +219,31 @@ class Objective(nn.Module):
         """The `count` that the loss of this micro-batch will have, int64 scalar."""
         return batch.loss_mask.sum()
 
-    def predict(self, corrupted: Corrupted) -> Any:
-        """One call of the network where the objective says nothing else."""
+    def passes(self, corrupted: Corrupted) -> Generator[Pass, Tensor, Corrupted]:
+        """Yields each pass and is sent its result; returns what `call` is to be given."""
+        yield from ()
+        return corrupted
+
+    def call(self, corrupted: Corrupted) -> Any:
         dropout = corrupted.dropout if self.training else None
         return self.network(corrupted.tokens, corrupted.times, dropout=dropout)
 
+    def predict(self, corrupted: Corrupted) -> Any:
+        """What the network says after all passes, here and now."""
+        passes = self.passes(corrupted)
+        following = advance(passes)
+        while isinstance(following, Pass):
+            with torch.no_grad():
+                result = following.call()
+            following = advance(passes, result)
+        return self.call(following)
+
     def loss(self, prediction: Any, corrupted: Corrupted) -> LossTerms:
         raise NotImplementedError
+
+    def finish_gradients(self, corrupted: Corrupted, row_losses: Tensor) -> None:
+        """Called for each micro-batch after the backward passes of a step, on every process of a network in pieces,
+        with the `row_losses` of the process with the heads: for gradients that had to wait for them."""
 
     def update_state(self, statistics: dict[str, Tensor]) -> None:
         """Called after each optimizer step with the global sums of the losses' `statistics`, under no_grad."""
@@ -224,6 +260,14 @@ class Objective(nn.Module):
     def schedule_curves(self, times: Tensor) -> dict[str, Tensor]:
         """Named curves over `times` for the report; empty where there is no time."""
         return {}
+
+
+def advance(passes: Generator[Pass, Tensor, Corrupted], result: Tensor | None = None) -> Pass | Corrupted:
+    """The pass after that with this result (None: the first), or what they all come to."""
+    try:
+        return passes.send(result)
+    except StopIteration as done:
+        return done.value
 
 
 def sum_terms(

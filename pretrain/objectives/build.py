@@ -14,9 +14,12 @@ from braid.kernels.random import fold_key
 from braid.parallel.context import UNDIVIDED, Context
 from braid.parallel.data_parallel import World
 from braid.parallel.layers import Region
-from braid.parallel.mesh import Axis
+from braid.parallel.mesh import Axis, Mesh
+from braid.parallel.pipeline import ONE_PIECE, Stage, mark_replicated
+from braid.parallel.plan import deal_blocks
 from braid.pretrain.config.schema import Config
 from braid.pretrain.model.encoders import Encoder, TableEncoder, build_encoder
+from braid.pretrain.planning.facts import plan_facts
 
 from .base import Objective
 
@@ -32,15 +35,28 @@ def build_objective(
     tensor: Axis | None = None,
     sequence: bool = False,
     context: Context = UNDIVIDED,
+    stage: Stage = ONE_PIECE,
 ) -> Objective:
     """The objective of `config.objective` on `device`; its initial weights depend on (seed, parameter name) alone.
 
     Every system is one module of this package, named as its objective, with a function `build`. Where the axis `tensor`
     has several processes, its networks' layers are divided among them, and with `sequence` their hidden states too
-    (parallel/layers.py). `context` says how sequences may be divided. Raises ConfigError where layers do not divide.
+    (parallel/layers.py). `context` says how sequences may be divided, and `stage` which of the network's blocks are
+    here (parallel/pipeline.py). Raises ConfigError where layers do not divide.
     """
     module = import_module(f"braid.pretrain.objectives.{config.objective.name}")
-    return module.build(config, tokenizer, encoder, Region(tensor, sequence, context)).to(device)
+    objective = module.build(config, tokenizer, encoder, Region(tensor, sequence, context, stage)).to(device)
+    if stage.divided:
+        network = objective.network
+        mark_replicated(objective, [f"network.{name}" for name in ("blocks", *network.at_start, *network.at_end)])
+    return objective
+
+
+def build_stage(config: Config, mesh: Mesh) -> Stage:
+    """The blocks that a process of the mesh holds."""
+    plan, facts = config.parallel, plan_facts(config)
+    pieces = deal_blocks(facts.num_layers, plan.pipeline, plan.virtual, alternates=facts.alternates)
+    return Stage(mesh.pipeline, pieces[mesh.pipeline.rank], mesh.world.device)
 
 
 def needs_encoder(config: Config) -> bool:

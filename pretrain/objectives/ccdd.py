@@ -95,7 +95,7 @@ class CCDD(Objective):
         """The latents' time while tokens are sampled or scored at `times`."""
         return times if self.diffused else torch.zeros_like(times)
 
-    def predict(self, corrupted: JointCorrupted) -> JointPrediction:
+    def call(self, corrupted: JointCorrupted) -> JointPrediction:
         dropout = corrupted.dropout if self.training else None
         return self.denoise(corrupted.tokens, corrupted.times, corrupted.latents, corrupted.latent_times, dropout)
 

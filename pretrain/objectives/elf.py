@@ -12,7 +12,9 @@ There is no likelihood here: neither loss bounds it, and no figure is called a b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +36,7 @@ from braid.pretrain.model.elf_network import ELFNetwork, ELFPrediction
 from braid.pretrain.model.encoders import Encoder
 from braid.pretrain.model.t5_encoder import text_latents
 
-from .base import Corrupted, Figure, LossTerms, Noise, Objective, special_ids, sum_positions, sum_terms
+from .base import Corrupted, Figure, LossTerms, Noise, Objective, Pass, special_ids, sum_positions, sum_terms
 
 DECODE_COIN, GUIDANCE_COIN, SELF_CONDITION_COIN, DROP_CONDITION_COIN = 1, 2, 3, 4
 NO_GUIDANCE = 1.0
@@ -61,6 +63,8 @@ class FlowCorrupted(Corrupted):
     """m: rows that see an earlier estimate of x and are guided by it, bool [B]."""
     condition: Tensor
     """Given tokens, never noised, bool [B, L]."""
+    estimates: tuple[Tensor, Tensor] | None = None
+    """Of x, float32 [B, L, D] each: made from nothing, and made when shown the first."""
 
     @property
     def valid(self) -> Tensor:
@@ -157,18 +161,24 @@ class ELF(Objective):
             condition=batch.condition,
         )
 
-    def predict(self, corrupted: FlowCorrupted) -> FlowPrediction:
-        """Three calls of the network: an estimate from nothing, one that is shown the first, and the one with gradient,
-        which is shown the first in the rows with m = 1. Their difference is the direction of guidance.
+    def passes(self, corrupted: FlowCorrupted) -> Generator[Pass, Tensor, FlowCorrupted]:
+        """An estimate from nothing, and one that is shown the first. Their difference is the direction of guidance.
 
         Rows that decode are never shown anything; their first two calls are not used.
         """
-        nothing = self._given(corrupted)
-        with torch.no_grad():
-            first = self._restored(corrupted, self._estimate(corrupted, nothing))
-            second = self._estimate(corrupted, first)
-        shown = torch.where(corrupted.self_conditioned[:, None, None], first, nothing)
+        num_rows = len(corrupted.latents)
+        first = yield Pass(partial(self._estimate, corrupted, self._given(corrupted)), num_rows)
+        first = self._restored(corrupted, first)
+        second = yield Pass(partial(self._estimate, corrupted, first), num_rows)
+        return replace(corrupted, estimates=(first, second))
+
+    def call(self, corrupted: FlowCorrupted) -> FlowPrediction:
+        """Shown the first estimate in the rows with m = 1."""
+        first, second = corrupted.estimates
+        shown = torch.where(corrupted.self_conditioned[:, None, None], first, self._given(corrupted))
         output = self._call(corrupted, shown.masked_fill(corrupted.decode[:, None, None], 0.0))
+        if not self.network.stage.at_end:
+            return output
         strength = (corrupted.self_conditioned * (1 - 1 / corrupted.guidance)).float()[:, None, None]
         target = guided_target(corrupted.clean, first, second, strength)
         return FlowPrediction(output.latents, output.logits, target)
@@ -194,7 +204,8 @@ class ELF(Objective):
         return self.network(corrupted.latents, shown, *told, **options)
 
     def _estimate(self, corrupted: FlowCorrupted, shown: Tensor) -> Tensor:
-        return self._call(corrupted, shown, heads=("denoise",)).latents
+        output = self._call(corrupted, shown, heads=("denoise",))
+        return output.latents if self.network.stage.at_end else output
 
     def _given(self, corrupted: FlowCorrupted) -> Tensor:
         """What is shown before there is an estimate: the condition's latents, 0 elsewhere."""

@@ -117,7 +117,7 @@ class LADD(Objective):
 
     # -- prediction and its terms ------------------------------------------------------------------------------
 
-    def predict(self, corrupted: SlotCorrupted) -> SlotPrediction:
+    def call(self, corrupted: SlotCorrupted) -> SlotPrediction:
         dropout = corrupted.dropout if self.training else None
         return self.network(corrupted.tokens, corrupted.latents, corrupted.times, corrupted.latent_times, dropout)
 

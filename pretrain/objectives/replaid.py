@@ -16,7 +16,9 @@ Tokens that are given and never noised (the source of a pair) enter as their cle
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +37,8 @@ from braid.pretrain.model.blocks import DropoutKey
 from braid.pretrain.model.embedding_network import EmbeddingNetwork
 from braid.pretrain.model.encoders import Encoder
 
-from .base import Corrupted, Figure, LossTerms, Noise, Objective, special_ids, sum_positions, sum_terms
-from .replaid_terms import BatchSplit, add_output_prior, mean_embedding
+from .base import Corrupted, Figure, LossTerms, Noise, Objective, Pass, special_ids, sum_positions, sum_terms
+from .replaid_terms import BatchSplit, Interior, add_output_prior, mean_embedding
 
 SELF_CONDITIONED_EVERY = 4
 WARMUP_SHARE = 20
@@ -47,7 +49,7 @@ WARMUP_SHARE = 20
 class RePlaidCorrupted(Corrupted):
     """Noisy embeddings. In rows that are self-conditioned, what comes from schedule and embeddings is constant."""
 
-    by_position = (*Corrupted.by_position, "z", "clean", "given")
+    by_position = (*Corrupted.by_position, "z", "clean", "given", "estimates")
 
     z: Tensor
     """float32 [B, L, D]; clean where `given`."""
@@ -63,13 +65,15 @@ class RePlaidCorrupted(Corrupted):
     """gamma'(t), float64 [B]."""
     gamma_1: Tensor
     """The schedule's noise end, float64 [B]."""
-    interior: tuple[Tensor, Tensor]
+    interior: Interior
     """g(t) and g'(t) as the schedule's network gave them, float64 [B]: where its gradient is reweighted."""
     self_conditioned: Tensor
     """bool [B]."""
     first_pass: Tensor
     """Rows that the network sees twice, int64 [K]: all self-conditioned ones, filled up to a number that depends on B
     alone (static shapes, the same work on every rank, no waiting for the device)."""
+    estimates: Tensor
+    """Of the clean embeddings, which the network is shown, float32 [B, L, D]: zeros until `passes` has made some."""
     row_weight: Tensor | None = None
     """In training: the global batch over the number of its rows of this kind (reconstruction or diffusion), float64
     [B]. It makes sums over all rows divided by the global batch means over those of one kind."""
@@ -84,6 +88,7 @@ class RePlaid(Objective):
     """Continuous diffusion with a learned schedule, learned embeddings, self-conditioning and a likelihood bound."""
 
     name = "replaid"
+    follows_row_losses = True
     figures = (
         Figure("bound", "token bound", True, "prior, reconstruction and diffusion, t in [0, 1]"),
         Figure("prior", "prior term of the bound", False, "KL of z_1 to a standard normal"),
@@ -139,7 +144,9 @@ class RePlaid(Objective):
     ) -> RePlaidCorrupted:
         """Noise at `times` [B]. What the rows of `frozen` [B] get from schedule and embeddings carries no gradient."""
         length = batch.tokens.shape[1]
-        g, g_rate = self.schedule.normalised(times)
+        # In a pipeline several processes have a part of this gradient, and one the losses that reweight it.
+        interior = Interior(self.schedule.normalised(times), waits=self.network.stage.divided)
+        g, g_rate = interior.values
         gamma = _constant_where(frozen, self.schedule.gamma(torch.where(times > 0, g, 0.0)))
         table = self.network.embedding()
         clean = _constant_where(frozen[:, None, None], F.embedding(batch.tokens, table))
@@ -157,29 +164,35 @@ class RePlaid(Objective):
             gamma=gamma,
             gamma_rate=_constant_where(frozen, self.schedule.span * g_rate),
             gamma_1=_constant_where(frozen, self.schedule.gamma(torch.ones_like(times))),
-            interior=(g, g_rate),
+            interior=interior,
             self_conditioned=frozen,
             first_pass=first_pass,
+            estimates=torch.zeros_like(z),
         )
 
-    def predict(self, corrupted: RePlaidCorrupted) -> Tensor:
-        """Logits [B, L, V]. Two calls: the first, without gradient, gives self-conditioned rows their estimates."""
-        estimates, rows = torch.zeros_like(corrupted.z), corrupted.first_pass
-        if len(rows):
-            with torch.no_grad():
-                constant = corrupted.self_conditioned[rows]
-                probabilities = self.vocabulary.softmax(self._logits(corrupted, estimates, rows))
-                found = self.vocabulary.sum(mean_embedding(probabilities, corrupted.embeddings, constant))
-                estimates = estimates.index_copy(0, rows, found.masked_fill(~constant[:, None, None], 0))
-        return self._logits(corrupted, estimates)
+    def passes(self, corrupted: RePlaidCorrupted) -> Generator[Pass, Tensor, RePlaidCorrupted]:
+        """One that gives self-conditioned rows their estimates."""
+        rows = corrupted.first_pass
+        if not len(rows):
+            return corrupted
+        found = yield Pass(partial(self._first_estimates, corrupted), len(rows))
+        return replace(corrupted, estimates=corrupted.estimates.index_copy(0, rows, found))
 
-    def _logits(self, corrupted: RePlaidCorrupted, estimates: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
-        dropout = replace(corrupted.dropout, ordinals=corrupted.dropout.ordinals[rows])
-        seen = (corrupted.z, corrupted.gamma, corrupted.times, estimates, corrupted.given, corrupted.self_conditioned)
+    def _first_estimates(self, corrupted: RePlaidCorrupted) -> Tensor:
+        logits = self.call(corrupted, corrupted.first_pass)
+        if not self.network.stage.at_end:
+            return logits
+        constant, probabilities = corrupted.self_conditioned[corrupted.first_pass], self.vocabulary.softmax(logits)
+        found = self.vocabulary.sum(mean_embedding(probabilities, corrupted.embeddings, constant))
+        return found.masked_fill(~constant[:, None, None], 0)
+
+    def call(self, corrupted: RePlaidCorrupted, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Logits [B, L, V] of all rows or some."""
+        c = corrupted
+        dropout = replace(c.dropout, ordinals=c.dropout.ordinals[rows])
+        seen = (c.z, c.gamma, c.times, c.estimates, c.given, c.self_conditioned)
         z, gamma, times, estimates, given, frozen = (each[rows] for each in seen)
-        return self.logits(
-            z, gamma, times, estimates, corrupted.embeddings, given=given, frozen=frozen, dropout=dropout
-        )
+        return self.logits(z, gamma, times, estimates, c.embeddings, given=given, frozen=frozen, dropout=dropout)
 
     def logits(
         self,
@@ -200,6 +213,8 @@ class RePlaid(Objective):
         inputs = torch.where(given[..., None], z.shape[-1] ** 0.5 * z, scale * z)
         level = gamma if self.config.time_input == "gamma" else times
         logits = self.network(inputs, estimates, level, dropout if self.training else None)
+        if not self.network.stage.at_end:
+            return logits
         if self.output_prior_strength > 0:
             slope = self.output_prior_strength * process.likelihood_slope(gamma)
             logits = add_output_prior(logits, z, slope, embeddings, frozen, self.vocabulary)
@@ -214,13 +229,14 @@ class RePlaid(Objective):
         return min(1.0, self.step / warmup) if self.training and warmup else 1.0
 
     def loss(self, prediction: Tensor, corrupted: RePlaidCorrupted) -> LossTerms:
-        """Call it once for each `corrupted`: it reweights the gradient of the interior from then on."""
+        """Call it once for each `corrupted`: it reweights the gradient of the interior from then on, where that does
+        not wait for `finish_gradients`."""
         reconstructs, mask = corrupted.reconstructs, corrupted.loss_mask
         nats, diffusion = self._nats_and_diffusion(prediction, corrupted)
         auxiliary = self.config.auxiliary_weight * nats
         of_row = torch.where(reconstructs[:, None], nats, diffusion + auxiliary).detach()
         of_row = self.context.sum(sum_positions(of_row, mask)) / self.context.sum(mask.sum(1)).clamp(min=1)
-        _follow_mean_square(corrupted.interior, of_row)
+        corrupted.interior.follow_mean_square(of_row)
 
         weight = corrupted.row_weight[:, None]
         terms = {
@@ -233,7 +249,11 @@ class RePlaid(Objective):
         total = sum_terms(terms, mask, None, {"split": self.split.statistics(of_row, reconstructs)})
         # Over time, the diffusion loss alone: what a learned schedule makes constant.
         by_time = sum_terms({"diffusion": diffusion.detach()}, mask & ~reconstructs[:, None], corrupted.times)
-        return replace(total, bucket_sums=by_time.bucket_sums, bucket_counts=by_time.bucket_counts)
+        buckets = {"bucket_sums": by_time.bucket_sums, "bucket_counts": by_time.bucket_counts}
+        return replace(total, **buckets, row_losses=of_row)
+
+    def finish_gradients(self, corrupted: RePlaidCorrupted, row_losses: Tensor) -> None:
+        corrupted.interior.back_propagate(row_losses)
 
     def _nats_and_diffusion(self, logits: Tensor, corrupted: RePlaidCorrupted) -> tuple[Tensor, Tensor]:
         """Cross-entropy of the targets, and 1/2 gamma' exp(-gamma) ||e - estimate||^2: float64 [B, L]."""
@@ -285,16 +305,6 @@ class RePlaid(Objective):
 def _constant_where(frozen: Tensor, values: Tensor) -> Tensor:
     """The same values, without gradient where `frozen`."""
     return torch.where(frozen, values.detach(), values)
-
-
-def _follow_mean_square(interior: tuple[Tensor, Tensor], loss_B: Tensor) -> None:
-    """From here back, the gradient of each row's loss becomes that of its square: what the schedule's network follows.
-
-    Only what lies before g and g' is affected; the endpoints, which turn g into gamma, see the gradient of the loss.
-    """
-    for tensor in interior:
-        if tensor.requires_grad:
-            tensor.register_hook(lambda gradient: 2 * loss_B * gradient)
 
 
 def build(config: Config, tokenizer: Tokenizer, encoder: Encoder | None, region: Region = ALONE) -> RePlaid:

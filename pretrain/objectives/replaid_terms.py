@@ -47,6 +47,35 @@ class BatchSplit(nn.Module):
         self.weight.lerp_(torch.ones_like(self.weight), 1 - SPLIT_DECAY)
 
 
+class Interior:
+    """g(t) and g'(t) of each row, [B], as the schedule's network gave them. From here back, the gradient of a row's
+    loss is to become that of its square, 2 loss times as much: what the network follows. Only what lies before g and g'
+    is affected; the endpoints, which turn g into gamma, see the gradient of the loss.
+
+    `waits`: the losses are not known when this process computes its part of the gradient, which is then kept here until
+    `back_propagate`. Otherwise `follow_mean_square` is called before the backward pass.
+    """
+
+    def __init__(self, given: tuple[Tensor, Tensor], *, waits: bool) -> None:
+        self.given, self.waits, self.values = given, waits, given
+        """`values` are what to compute with."""
+        if waits:
+            self.values = tuple(tensor.detach().requires_grad_(tensor.requires_grad) for tensor in given)
+
+    def follow_mean_square(self, loss_B: Tensor) -> None:
+        """Let the backward pass do it, unless it waits."""
+        for tensor in self.given if not self.waits else ():
+            if tensor.requires_grad:
+                tensor.register_hook(lambda gradient: 2 * loss_B * gradient)
+
+    def back_propagate(self, loss_B: Tensor) -> None:
+        """Do it with what was kept."""
+        kept = [(given, value.grad) for given, value in zip(self.given, self.values, strict=True)]
+        kept = [(given, 2 * loss_B * gradient) for given, gradient in kept if gradient is not None]
+        if kept:
+            torch.autograd.backward(*zip(*kept, strict=True))
+
+
 def add_output_prior(
     logits_BLV: Tensor,
     z_BLD: Tensor,

@@ -108,7 +108,7 @@ class T5(Objective):
     def num_scored(self, batch: Batch, noise: Noise) -> Tensor:
         return self.corrupt(batch, noise).loss_mask.sum()
 
-    def predict(self, corrupted: SpanCorrupted) -> Tensor:
+    def call(self, corrupted: SpanCorrupted) -> Tensor:
         """Logits [B, T, V]."""
         return self.network(corrupted.inputs, corrupted.targets)
 

@@ -10,7 +10,6 @@ import torch
 from braid.parallel.layers import whole_shape
 from braid.parallel.mesh import Axis
 from braid.pretrain.config.schema import Config
-from braid.pretrain.model.elf_network import ELFNetwork
 from braid.pretrain.model.encoders import Encoder, TableEncoder
 from braid.pretrain.model.network import Network
 from braid.pretrain.objectives.base import Objective
@@ -20,8 +19,6 @@ from braid.pretrain.training.precision import cast_by_autocast
 
 PARTS = ("blocks", "embedding", "heads", "other", "objective")
 """What a parameter belongs to; the last is what an objective owns beside its network."""
-EVERYWHERE = ("time_embedding", "latent_time_embedding", "token_time", "latent_time")
-"""Modules that make the conditioning of all blocks: every process of the pipeline has them."""
 
 
 @dataclass(frozen=True)
@@ -113,14 +110,13 @@ def _part(name: str, network: Network) -> str:
 def _place(name: str, network: Network) -> int | str:
     owner, _, rest = name.partition(".")
     module, _, below = rest.partition(".")
-    if owner != "network" or not hasattr(network, "blocks"):
-        return "every"  # noise, times and targets are made again on every process
-    if module == "blocks":
+    if owner == "network" and module == "blocks":
         return int(below.partition(".")[0])
-    if network.parts.get(module) == "heads":
+    if owner == "network" and module in network.at_start:
+        return "first"
+    if owner == "network" and module in network.at_end:
         return "last"
-    conditions = module in EVERYWHERE and not isinstance(network, ELFNetwork)
-    return "every" if conditions or name == "network.embedding.raw" else "first"
+    return "every"  # conditioning, and what makes noise, times and targets
 
 
 def padding_share(parameters: list[PlannedParameter], tensor: int) -> float:

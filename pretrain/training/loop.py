@@ -25,6 +25,7 @@ from braid.parallel.context import Context
 from braid.parallel.engine import NotFinite
 from braid.parallel.layers import whole_shape
 from braid.parallel.mesh import Mesh
+from braid.parallel.pipeline import Schedule, counts_here
 from braid.pretrain.checkpoint.files import write_atomically
 from braid.pretrain.checkpoint.snapshot import Snapshot, checkpoint_files, restore, take, tensors_to_save
 from braid.pretrain.checkpoint.store import CheckpointStore, SaveFailed
@@ -36,7 +37,7 @@ from braid.pretrain.model.fp8 import use_fp8
 from braid.pretrain.model.network import parameter_counts
 from braid.pretrain.model.probe import check_direction
 from braid.pretrain.objectives.base import NUM_TIME_BUCKETS, Noise
-from braid.pretrain.objectives.build import build_objective, training_encoder
+from braid.pretrain.objectives.build import build_objective, build_stage, training_encoder
 from braid.pretrain.report.environment import collect_environment
 from braid.pretrain.sampling.output import sampler_settings, write_samples
 from braid.pretrain.sampling.prompts import no_prompt, source_prompt
@@ -47,6 +48,7 @@ from braid.pretrain.telemetry.wandb_sink import WandbSink
 
 from .ema import EMA
 from .engines import build_engine
+from .gradients import Gradients
 from .optimizer import learning_rate_factor, set_learning_rate
 from .precision import autocast
 from .signals import StopRequest
@@ -106,12 +108,16 @@ class Trainer:
 
         # Model and optimizer; the same initial weights on every layout, by construction.
         encoder = training_encoder(config, corpus, world)
-        self.context = Context(mesh.context, config.parallel.context_by)
-        sharded = {"tensor": mesh.tensor, "sequence": config.parallel.sequence, "context": self.context}
-        self.objective = build_objective(config, self.tokenizer, encoder, self.device, **sharded)
+        stage, self.context = build_stage(config, mesh), Context(mesh.context, config.parallel.context_by)
+        divided = {"tensor": mesh.tensor, "sequence": config.parallel.sequence, "context": self.context, "stage": stage}
+        self.objective = build_objective(config, self.tokenizer, encoder, self.device, **divided)
         if config.accelerators.linears == "transformer-engine":
             use_fp8(self.objective.network)
         self.engine = build_engine(config, self.objective, mesh)
+        schedule = Schedule(stage, config.parallel, config.model.width) if stage.divided else None
+        self.gradients = Gradients(self.objective, self.engine, config.run.precision, schedule)
+        own = [whole_shape(p).numel() for p in self.objective.parameters() if counts_here(p, mesh.pipeline)]
+        self.parameters = parameter_counts(self.objective.network) | {"objective": stage.add_up([sum(own)])[0]}
         self.ema = EMA(self.engine, training.ema_decay) if training.ema_decay else None
         self.noise_key = fold_key(config.run.seed, "train")
         with autocast(config.run.precision, self.device):
@@ -143,7 +149,7 @@ class Trainer:
     def train(self) -> None:
         config = self.config
         self._write_descriptions()
-        self.say(f"{config.objective.name}: {parameter_counts(self.objective.network)['total']:,} parameters, "
+        self.say(f"{config.objective.name}: {self.parameters['total']:,} parameters, "
                  f"{len(self.loader.rows):,} training rows of {config.data.sequence_length} tokens, "
                  f"{config.training.steps:,} steps on {self.world.size} x {self.device.type}")  # fmt: skip
         if self.loader.rows.num_long_pairs:
@@ -199,17 +205,8 @@ class Trainer:
         ]
         # The one denominator, known before the first backward pass: the tokens that count in the global batch.
         count = self.mesh.data.all_reduce_sum(sum(self.objective.num_scored(*piece) for piece in pieces))
-        sums = StepSums(self.device)
-        for number, (batch, noise) in enumerate(pieces, 1):
-            corrupted = self.objective.corrupt(batch, noise)
-            with self.context.dividing():
-                corrupted = corrupted.part(self.context)
-                with autocast(self.config.run.precision, self.device):
-                    prediction = self.objective.predict(corrupted)
-                loss = self.objective.loss(prediction, corrupted)
-                self.engine.backward(loss.total / count, last=number == len(pieces))
-            sums.add(loss)
-        sums.reduce(self.mesh.reduction, self.mesh.data)
+        sums = self.gradients.add_up(pieces, count)
+        sums.reduce(self.mesh.reduction, self.mesh.data, self.mesh.pipeline)
 
         factor = learning_rate_factor(self.config.optimizer, self.step, config.steps)
         set_learning_rate(self.engine.optimizer, factor)
@@ -316,9 +313,8 @@ class Trainer:
             return
         environment = collect_environment(str(self.device)) | {"ranks": self.world.size}
         encoder = self.objective.encoder
-        environment["parameters"] = parameter_counts(self.objective.network) | {
-            "objective": sum(whole_shape(p).numel() for p in self.objective.parameters()),
-            "frozen_encoder": encoder.num_parameters if encoder is not None else 0,
+        environment["parameters"] = self.parameters | {
+            "frozen_encoder": encoder.num_parameters if encoder is not None else 0
         }
         write_atomically(self.run_dir / "environment.json", (json.dumps(environment, indent=2) + "\n").encode())
         self._write_schedule()
@@ -340,7 +336,7 @@ class Trainer:
     def _save(self, *, last: bool) -> None:
         """Commit a checkpoint. A failed save is reported and training goes on, unless nothing later could save."""
         problem = None
-        groups = tensors_to_save(self.objective, self.engine, self.ema, self.mesh.tensor)
+        groups = tensors_to_save(self.objective, self.engine, self.ema, self.mesh)
         if self.world.rank == 0:
             state = {
                 "interval": vars(self.interval),

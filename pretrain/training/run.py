@@ -28,6 +28,8 @@ TRAINED = {
     "sequence": None,
     "context": None,
     "context_by": None,
+    "pipeline": None,
+    "virtual": None,
     "overlap": None,
     "engine": ("plain", "megatron"),
 }
@@ -62,7 +64,8 @@ def pretrain(config: Config) -> int:
 
 
 def _refuse_unbuilt(config: Config) -> None:
-    """The trainer runs data, tensor, sequence and context parallelism; other plans are for `braid plan` so far."""
+    """The trainer runs data, tensor, sequence, context and pipeline parallelism; other plans are for `braid plan` so
+    far."""
     default = ParallelConfig()
     given = {field.name: getattr(config.parallel, field.name) for field in fields(default)}
     unbuilt = [
@@ -70,10 +73,12 @@ def _refuse_unbuilt(config: Config) -> None:
         for name, value in given.items()
         if value != getattr(default, name) and not (name in TRAINED and value in (TRAINED[name] or (value,)))
     ]
+    if config.parallel.pipeline > 1 and config.parallel.engine != default.engine:
+        unbuilt += ["engine", "pipeline"]
     if unbuilt:
         raise ConfigError(
-            "this version trains with data, tensor, sequence and context parallelism, by the engines plain and "
-            "megatron; `braid plan` estimates other plans too",
+            "this version trains with data, tensor, sequence, context and pipeline parallelism, by the engines plain "
+            "and, without a pipeline, megatron; `braid plan` estimates other plans too",
             found=", ".join(f"parallel.{name} = {given[name]!r}" for name in sorted(unbuilt)),
             change="leave these fields of the section `parallel` at their defaults",
         )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from braid.parallel.mesh import Axis
+from braid.parallel.pipeline import spread
 from braid.pretrain.objectives.base import NUM_TIME_BUCKETS, LossTerms
 
 
@@ -35,12 +36,16 @@ class StepSums:
         for name, value in loss.statistics.items():
             self.statistics[name] = self.statistics.get(name, 0.0) + value
 
-    def reduce(self, peers: Axis, rows: Axis) -> None:
+    def reduce(self, peers: Axis, rows: Axis, pipeline: Axis) -> None:
         """Add up over ranks with positions of their own, `peers`, and what is of whole rows over those with rows of
-        their own, `rows`: the others have the same sums."""
-        totals = peers.all_reduce_sum(torch.cat([self._sums, torch.stack(list(self.terms.values()))]))
-        self.statistics = {name: rows.all_reduce_sum(value) for name, value in self.statistics.items()}
-        count, self.total, *rest = totals.tolist()
+        their own, `rows`: the others have the same sums. In a pipeline the ranks with the heads have something to add
+        up, and tell the others."""
+        last, reduced = pipeline.size - 1, None
+        if pipeline.rank == last:
+            totals = peers.all_reduce_sum(torch.cat([self._sums, torch.stack(list(self.terms.values()))]))
+            statistics = {name: rows.all_reduce_sum(value) for name, value in self.statistics.items()}
+            reduced = totals.tolist(), list(self.terms), statistics
+        (count, self.total, *rest), names, self.statistics = spread(pipeline, reduced, last)
         self.count = int(count)
         self.bucket_sums, self.bucket_counts = rest[:NUM_TIME_BUCKETS], rest[NUM_TIME_BUCKETS : 2 * NUM_TIME_BUCKETS]
-        self.term_sums = dict(zip(self.terms, rest[2 * NUM_TIME_BUCKETS :], strict=True))
+        self.term_sums = dict(zip(names, rest[2 * NUM_TIME_BUCKETS :], strict=True))

@@ -79,15 +79,16 @@ def masks(world: World, names: list[str], sequence: bool) -> dict[str, list[torc
     return {name: dropped(build(name, axis, sequence)) for name in names}
 
 
-def look(objective: Objective) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-    """Every figure of an evaluation [B], and samples [N, L] by some samplers."""
+def look(objective: Objective, *, guided: bool = True) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    """Every figure of an evaluation [B], and samples [N, L] by some samplers. `guided`: by one too that needs the
+    gradient of the network."""
     batch, noise = batch_and_noise()
     objective.eval()
     with torch.no_grad():
         figures = objective.evaluate(batch, Noise.evaluation(noise.key, noise.ordinals, 0, 1))
     settings = {
         "elf": [SamplingConfig(steps=3), SamplingConfig(steps=3, temperature=0.7)],
-        "replaid": [SamplingConfig(steps=3), SamplingConfig(steps=3, top_p=0.8, token_guidance=0.5)],
+        "replaid": [SamplingConfig(steps=3), SamplingConfig(steps=3, top_p=0.8, token_guidance=0.5 * guided)],
         "co_ladd": [SamplingConfig(steps=3, sampler="joint_ddpm")],
         "ccdd": [SamplingConfig(steps=3, guidance=1.5)],
         "gidd": [SamplingConfig(steps=3, greedy_final=True)],

@@ -16,6 +16,7 @@ from braid.kernels.random import fold_key, initial_normal
 from braid.parallel.context import UNDIVIDED, Context
 from braid.parallel.layers import set_whole, whole_shape
 from braid.parallel.mesh import Axis
+from braid.parallel.pipeline import ONE_PIECE, Stage
 from braid.pretrain.config.objectives.ar import ARConfig
 from braid.pretrain.config.objectives.ccdd import CCDDConfig, ExpertsConfig
 from braid.pretrain.config.objectives.co_ladd import CoLADDConfig
@@ -79,6 +80,7 @@ def build(
     sequence: bool = False,
     context: Context = UNDIVIDED,
     *,
+    stage: Stage = ONE_PIECE,
     randomise: bool = True,
     **model,
 ) -> Objective:
@@ -89,7 +91,14 @@ def build(
     encoder = TableEncoder(table, mask_id=TOKENIZER.mask_id, variance_floor=1e-6)
     kind = getattr(settings, "encoder", LEARNED).kind
     objective = build_objective(
-        config, TOKENIZER, None if kind == "learned" else encoder, torch.device("cpu"), tensor, sequence, context
+        config,
+        TOKENIZER,
+        None if kind == "learned" else encoder,
+        torch.device("cpu"),
+        tensor,
+        sequence,
+        context,
+        stage,
     )
     if randomise:
         for key, parameter in objective.named_parameters():

@@ -71,6 +71,13 @@ def check(check: Check, config: Config) -> None:
             found=f"training.global_batch_size = {size}",
             change="training.global_batch_size=2 or more",
         )
+    guidance, pipeline = config.sampling.token_guidance, config.parallel.pipeline
+    if guidance > 0 and pipeline > 1 and config.training.sample_every:
+        check.add(
+            "token guidance takes a gradient through the whole network, which in a pipeline no process has",
+            found=f"sampling.token_guidance = {guidance}, parallel.pipeline = {pipeline}",
+            change="sampling.token_guidance=0 or training.sample_every=0; `braid sample` can do it afterwards",
+        )
     inert = {"fixed_embeddings = true": ["embedding_lr"] if replaid.fixed_embeddings else []}
     if replaid.gamma_schedule in ("frozen", "linear"):
         inert[f"gamma_schedule = {replaid.gamma_schedule!r}"] = ["schedule_lr", "bounds_lr"]

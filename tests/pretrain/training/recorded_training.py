@@ -1,10 +1,10 @@
 """`python -m braid.pretrain WORDS`, keeping a record: `python recorded_training.py FILE WORDS`.
 
 FILE-rank-R gets a line of JSON for every micro-batch of training: `step`, `rank`, its `samples` (ordinal: a hash of
-the sample's tokens and of all that was drawn to corrupt it), and the `sum` and `count` of its loss. Environment:
-PADDED=1 cuts every sample to a length of its own, GRADIENTS=FOLDER keeps the whole gradients of each step, before they
-are clipped, as FOLDER/STEP.pt, DENSE=1 starts from weights none of which is zero (gates and heads that start at zero
-would hide what lies behind them), RESAVED=FOLDER saves a checkpoint there as soon as the run has resumed.
+the sample's tokens and of all that was drawn to corrupt it), and where it has one the `sum` and `count` of its loss.
+Environment: PADDED=1 cuts every sample to a length of its own, GRADIENTS=FOLDER keeps the whole gradients of each step,
+before they are clipped, as FOLDER/STEP.pt, DENSE=1 starts from weights none of which is zero (gates and heads that
+start at zero would hide what lies behind them), RESAVED=FOLDER saves a checkpoint there as soon as the run has resumed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 
 from braid.data_pipeline.loader import Batch
 from braid.parallel import engine, megatron_engine
-from braid.pretrain.checkpoint.layout import gather_tensors, shards_of
+from braid.pretrain.checkpoint.layout import gather_stages, gather_tensors, shards_of
 from braid.pretrain.checkpoint.store import CheckpointStore
 from braid.pretrain.command import run
 from braid.pretrain.exits import run_and_report
@@ -37,6 +37,7 @@ class RecordedTrainer(loop.Trainer):
 
     def __init__(self, *arguments: object) -> None:
         super().__init__(*arguments)
+        self.lines = []
         path = f"{RECORD}-rank-{self.world.rank}"
         self.record = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self.plain_corrupt, self.objective.corrupt = self.objective.corrupt, self.corrupt
@@ -57,19 +58,23 @@ class RecordedTrainer(loop.Trainer):
         corrupted = self.plain_corrupt(batch, noise)
         drawn = [batch.tokens, batch.loss_mask, noise.index, noise.shift, *noise.drawn]
         samples = zip(batch.ordinals.tolist(), hashes(drawn), strict=True)
-        self.line = {"step": self.step + 1, "rank": self.world.rank, "samples": dict(samples)}
+        self.lines.append({"step": self.step + 1, "rank": self.world.rank, "samples": dict(samples)})
         return corrupted
 
     def loss(self, prediction, corrupted):
         terms = self.plain_loss(prediction, corrupted)
-        line = self.line | {"sum": terms.total.item(), "count": terms.count.item()}
-        os.write(self.record, b"\n" + json.dumps(line).encode())  # a line torn by a kill does not spoil the next
+        self.write({"sum": terms.total.item(), "count": terms.count.item()})
         return terms
+
+    def write(self, figures):
+        line = self.lines.pop(0) | figures
+        os.write(self.record, b"\n" + json.dumps(line).encode())  # a line torn by a kill does not spoil the next
 
     def gradient_norm(self, held, tensor, *axes):
         if GRADIENTS:
             gradients = dict(self.engine.named([weight.grad for weight in held]))
             whole = gather_tensors(gradients, shards_of(self.objective), tensor)
+            whole = gather_stages({"": whole}, self.objective, self.mesh.pipeline)[""]
             if self.world.rank == 0:
                 torch.save(
                     {name: gradient.clone() for name, gradient in whole.items()}, GRADIENTS / f"{self.step + 1}.pt"
@@ -77,7 +82,11 @@ class RecordedTrainer(loop.Trainer):
         return self.plain_norm(held, tensor, *axes)
 
     def _optimizer_step(self, micro_batches):
-        return super()._optimizer_step([pad(batch) for batch in micro_batches] if PADDED else micro_batches)
+        self.lines = []  # without those of evaluations
+        done = super()._optimizer_step([pad(batch) for batch in micro_batches] if PADDED else micro_batches)
+        while self.lines:  # of a process without the heads
+            self.write({})
+        return done
 
 
 def pad(batch: Batch) -> Batch:

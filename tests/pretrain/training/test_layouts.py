@@ -33,6 +33,9 @@ SEQUENCE = {"parallel__tensor": 2, "parallel__sequence": True}
 MEGATRON = {"parallel__engine": "megatron"}
 ADAMW = {"optimizer__name": "adamw"}
 """For runs by engines that cut parameters laid end to end, which have no Muon."""
+FOUR_BLOCKS = {"model__num_layers": 4, "training__micro_batch_size": 2}
+"""And four micro-batches in a global batch, or two on each of two data-parallel ranks."""
+INTERLEAVED = FOUR_BLOCKS | {"parallel__pipeline": 2, "parallel__virtual": 2}
 LAYOUTS = {
     "tensor 2": (2, {"parallel__tensor": 2}),
     "tensor 2 with sequence": (2, SEQUENCE),
@@ -41,13 +44,23 @@ LAYOUTS = {
     "context 2 by gather": (2, {"parallel__context": 2, "parallel__context_by": "gather"}),
     "context 2, data 2": (4, {"parallel__context": 2}),
     "tensor 2 with sequence, context 2": (4, SEQUENCE | {"parallel__context": 2}),
+    "pipeline 2": (2, FOUR_BLOCKS | {"parallel__pipeline": 2}),
+    "pipeline 3": (3, FOUR_BLOCKS | {"parallel__pipeline": 3}),
+    "pipeline 4": (4, FOUR_BLOCKS | {"parallel__pipeline": 4}),
+    "pipeline 2 interleaved": (2, INTERLEAVED),
+    "pipeline 2 interleaved, without overlap": (2, INTERLEAVED | {"parallel__overlap": False}),
+    "pipeline 2, context 2": (4, FOUR_BLOCKS | {"parallel__pipeline": 2, "parallel__context": 2}),
+    "pipeline 2, tensor 2 with sequence": (4, FOUR_BLOCKS | SEQUENCE | {"parallel__pipeline": 2}),
+    "pipeline 2, tensor 2 with sequence, data 2": (8, FOUR_BLOCKS | SEQUENCE | {"parallel__pipeline": 2}),
     "megatron, data 2": (2, MEGATRON),
     "megatron, tensor 2 with sequence, data 2": (4, MEGATRON | SEQUENCE),
 }
 SYSTEMS = [name for name in recipes() if name.startswith("tiny_") and name != "tiny_t5"]
-REFUSED = [("tiny_ar", "context 2 by gather")]
-QUICK = [(recipe, name) for recipe in SYSTEMS for name in ("tensor 2 with sequence", "context 2")]
-QUICK += [("tiny_ccdd", name) for name in LAYOUTS] + [("tiny_elf", "megatron, data 2")]
+REFUSED = [("tiny_ar", "context 2 by gather"), *(("tiny_ccdd_moedit", name) for name in LAYOUTS if "pipe" in name)]
+QUICK = [(recipe, name) for recipe in SYSTEMS for name in ("tensor 2 with sequence", "context 2", "pipeline 2")]
+QUICK += [("tiny_ccdd", name) for name in LAYOUTS if "pipeline" not in name] + [("tiny_elf", "megatron, data 2")]
+QUICK += [("tiny_replaid", "pipeline 2 interleaved"), ("tiny_mdlm", "pipeline 4")]
+QUICK += [("tiny_ccdd", "pipeline 2, tensor 2 with sequence, data 2")]
 ALL = [case for case in itertools.product(SYSTEMS, LAYOUTS) if case not in REFUSED]
 
 
@@ -90,9 +103,12 @@ def test_every_layout_trains_as_one_process(
     trainers: Trainers, alone: Callable[..., Path], recipe: str, layout: str
 ) -> None:
     ranks, fields = LAYOUTS[layout]
-    optimizer = ADAMW if "parallel__engine" in fields else {}
-    whole = alone(recipe, **optimizer)
-    divided = train(trainers, recipe, "divided", ranks, **optimizer, **fields)
+    common = ADAMW if "parallel__engine" in fields else {}
+    common = common | {name: fields[name] for name in FOUR_BLOCKS if name in fields}
+    if recipe == "tiny_ccdd_mmdit" and "model__num_layers" in common:
+        common["model__num_layers"] = 8  # its pieces are of pairs of blocks
+    whole = alone(recipe, **common)
+    divided = train(trainers, recipe, "divided", ranks, **fields | common)
     assert samples(divided) == samples(whole)
     lines, others = (read_metrics(run_dir / "metrics.jsonl") for run_dir in (divided, whole))
     for line, other in zip(lines, others, strict=True):
