@@ -34,6 +34,7 @@ from braid.kernels.capabilities import require
 from braid.parallel.engine import Engine, NotFinite, clip_gradients, gradient_norm
 from braid.parallel.layers import sum_partial_gradients
 from braid.parallel.mesh import Mesh
+from braid.parallel.pipeline import sum_replicated_gradients
 
 
 class MegatronEngine(Engine):
@@ -66,6 +67,9 @@ class MegatronEngine(Engine):
         exact = {name: trained[name].detach().cpu() for name in half}
         for name in half:
             trained[name].data = trained[name].data.bfloat16()
+        for parameter in trained.values():
+            # To Megatron: let it have a bucket of its own, which the stages of a pipeline then divide alike.
+            parameter.shared_embedding = getattr(parameter, "replicated", False)
         self.ddp = _wrap(module, overlap, bucket_size)
         self.megatron = _divide(self.ddp, optimizer, bool(half))
         self._ranges = self._find_ranges()
@@ -98,7 +102,8 @@ class MegatronEngine(Engine):
         self.ddp.finish_grad_sync()
         self.megatron.prepare_grads()  # those of `held` are parts of the buffers now
         sum_partial_gradients(self.held, self.mesh.tensor)
-        norm = gradient_norm(self.held, self.mesh.tensor, self.mesh.reduction)
+        sum_replicated_gradients(self.held, self.mesh.pipeline)
+        norm = gradient_norm(self.held, self.mesh.tensor, self.mesh.reduction, self.mesh.pipeline)
         finite = math.isfinite(norm.item())
         if finite:
             clip_gradients(self.held, norm, clip_norm)
@@ -283,7 +288,7 @@ def _shards(optimizer: Any) -> dict[nn.Parameter, Tensor]:
 
 def _like_parameter(shard: Tensor, parameter: nn.Parameter) -> Tensor:
     """The part, marked as its parameter is (parallel/layers.py)."""
-    for mark in ("shard", "partial"):
+    for mark in ("shard", "partial", "replicated"):
         if hasattr(parameter, mark):
             setattr(shard, mark, getattr(parameter, mark))
     return shard.requires_grad_()

@@ -73,12 +73,10 @@ def _refuse_unbuilt(config: Config) -> None:
         for name, value in given.items()
         if value != getattr(default, name) and not (name in TRAINED and value in (TRAINED[name] or (value,)))
     ]
-    if config.parallel.pipeline > 1 and config.parallel.engine != default.engine:
-        unbuilt += ["engine", "pipeline"]
     if unbuilt:
         raise ConfigError(
             "this version trains with data, tensor, sequence, context and pipeline parallelism, by the engines plain "
-            "and, without a pipeline, megatron; `braid plan` estimates other plans too",
+            "and megatron; `braid plan` estimates other plans too",
             found=", ".join(f"parallel.{name} = {given[name]!r}" for name in sorted(unbuilt)),
             change="leave these fields of the section `parallel` at their defaults",
         )

@@ -54,6 +54,9 @@ LAYOUTS = {
     "pipeline 2, tensor 2 with sequence, data 2": (8, FOUR_BLOCKS | SEQUENCE | {"parallel__pipeline": 2}),
     "megatron, data 2": (2, MEGATRON),
     "megatron, tensor 2 with sequence, data 2": (4, MEGATRON | SEQUENCE),
+    "megatron, pipeline 2, data 2": (4, MEGATRON | FOUR_BLOCKS | {"parallel__pipeline": 2}),
+    "megatron, pipeline 2 interleaved, tensor 2": (4, MEGATRON | INTERLEAVED | {"parallel__tensor": 2}),
+    "megatron, context 2, data 2": (4, MEGATRON | {"parallel__context": 2}),
 }
 SYSTEMS = [name for name in recipes() if name.startswith("tiny_") and name != "tiny_t5"]
 REFUSED = [("tiny_ar", "context 2 by gather"), *(("tiny_ccdd_moedit", name) for name in LAYOUTS if "pipe" in name)]
