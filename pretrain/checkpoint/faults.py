@@ -3,15 +3,18 @@
 `BRAID_FAULT="save:<phase>:<action>[@N]"` makes the N-th save of a store (the first by default; saves that find the
 step already there do not count) fail at a phase:
 
-    before_write     the temporary folder exists, nothing is in it
+    before_write     the temporary folder exists, nothing of this process is in it
     during_tensors   the first tensor of the first file is on its way, its file is incomplete
-    after_tensors    every tensor file is written and fsynced
+    after_tensors    every tensor file of this process is written and fsynced
     before_manifest  every other file is, too
     after_manifest   the manifest is written and fsynced
     before_rename    all was read back from disk and is right
     after_rename     the checkpoint is committed, its name not yet fsynced
     before_pointer   its name is durable, `latest` still names the previous one
     during_purge     an old checkpoint has been taken out of sight and not yet removed
+
+The first three are met by every process that writes, the others by rank 0; in an asynchronous save while training goes
+on.
 
 `kill` is SIGKILL to the process itself; `enospc` raises the OSError of a full disk.
 """

@@ -21,7 +21,8 @@ import torch
 
 from braid.data_pipeline.loader import Batch
 from braid.parallel import engine
-from braid.pretrain.checkpoint.layout import gather_tensors, shards_of
+from braid.parallel.layers import gather_whole
+from braid.pretrain.checkpoint.layout import shards_of
 from braid.pretrain.checkpoint.store import CheckpointStore
 from braid.pretrain.command import run
 from braid.pretrain.exits import run_and_report
@@ -67,8 +68,9 @@ class RecordedTrainer(loop.Trainer):
 
     def gradient_norm(self, parameters, tensor):
         if GRADIENTS:
-            gradients = {name: p.grad for name, p in self.objective.named_parameters()}
-            whole = gather_tensors(gradients, shards_of(self.objective), tensor)
+            whole, shards = {}, shards_of(self.objective)
+            for name, p in self.objective.named_parameters():
+                whole[name] = gather_whole(p.grad, shards[name], tensor) if name in shards else p.grad
             if self.world.rank == 0:
                 torch.save(
                     {name: gradient.clone() for name, gradient in whole.items()}, GRADIENTS / f"{self.step + 1}.pt"
