@@ -16,7 +16,8 @@ step already there do not count) fail at a phase:
 The first three are met by every process that writes, the others by rank 0; in an asynchronous save while training goes
 on.
 
-`kill` is SIGKILL to the process itself; `enospc` raises the OSError of a full disk.
+`kill` is SIGKILL to the process itself; `enospc` raises the OSError of a full disk; `hang` stays there for an hour, as
+with a file system that does not answer.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import errno
 import os
 import re
 import signal
+import time
 
 from braid.kernels.errors import InputError
 
@@ -32,7 +34,7 @@ PHASES = (
     "before_write", "during_tensors", "after_tensors", "before_manifest", "after_manifest",
     "before_rename", "after_rename", "before_pointer", "during_purge",
 )  # fmt: skip
-ACTIONS = ("kill", "enospc")
+ACTIONS = ("kill", "enospc", "hang")
 
 
 def fault_point(phase: str, save_number: int) -> None:
@@ -52,4 +54,6 @@ def fault_point(phase: str, save_number: int) -> None:
         return
     if match[2] == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if match[2] == "hang":
+        time.sleep(3600)
     raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} (BRAID_FAULT)")

@@ -69,17 +69,20 @@ class CheckpointReader:
         self._files.clear()
 
     def read(self, group: str, name: str, shard: Shard | None = None) -> Tensor:
-        """A tensor on the CPU, or what a process holds of it, zeros at its end included.
+        """A tensor on the CPU, or what a process holds of it, zeros at its end included. Raises CheckpointError."""
+        values = self.read_part(group, name, None if shard is None else Part.of(shard))
+        return values if shard is None else shard.pad(values)
+
+    def read_part(self, group: str, name: str, part: Part | None) -> Tensor:
+        """The part of a tensor, None for all of it, on the CPU.
 
         Raises:
-            CheckpointError: a file cannot be read; the index says of it what it does not hold.
+            CheckpointError: a file cannot be read, or the index says of it what it does not hold.
         """
         try:
-            part = None if shard is None else Part.of(shard)
-            values = read_part(self.index[group][name], name, part, self._open)
+            return read_part(self.index[group][name], name, part, self._open)
         except (OSError, ValueError) as error:
             raise refusal(self.path, f"{name} of {group} cannot be read: {error}") from error
-        return values if shard is None else shard.pad(values)
 
     def _open(self, name: str) -> TensorFile:
         if name not in self._files:

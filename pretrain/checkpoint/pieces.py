@@ -120,7 +120,7 @@ def merge_indices(indices: Iterable[Index]) -> Index:
 def read_part(entry: Entry, name: str, wanted: Part | None, open_file: Callable[[str], TensorFile]) -> Tensor:
     """The wanted part of a tensor, all of it for None, on the CPU, reading nothing else of its pieces."""
     whole = [(0, length) for length in entry.shape]
-    if wanted is None and len(entry.pieces) == 1:
+    if wanted is None and entry.pieces[0].part is None:
         return open_file(entry.pieces[0].file).read(name, whole)
     wanted = wanted or Part(0, (whole[0],))
     shape = list(entry.shape)
@@ -129,9 +129,12 @@ def read_part(entry: Entry, name: str, wanted: Part | None, open_file: Callable[
     for piece in entry.pieces:
         held = piece.part or Part(wanted.dim, (whole[wanted.dim],))
         for target, source in _common(wanted, held, whole):
-            read = open_file(piece.file).read(name, source)
-            values[tuple(slice(*edges) for edges in target)] = read
-            found += read.numel()
+            place = values[tuple(slice(*edges) for edges in target)]
+            if place.is_contiguous():
+                open_file(piece.file).read(name, source, place)
+            else:
+                place.copy_(open_file(piece.file).read(name, source))
+            found += place.numel()
     if found != values.numel():
         raise ValueError(f"its pieces have {found} of {values.numel()} values of {name}")
     return values

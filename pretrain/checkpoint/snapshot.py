@@ -220,9 +220,9 @@ def load_model(path: Path, device: torch.device, *, use_ema: bool = True) -> Loa
     return LoadedModel(config, objective, tokenizer, state["step"], path)
 
 
-def find_checkpoint(path: Path, groups: Collection[str] | None = None) -> Path:
+def find_checkpoint(path: Path, groups: Collection[str] | None = None, *, damaged: bool = False) -> Path:
     """The newest valid checkpoint of a run directory, or the checkpoint folder itself, whose tensors of `groups` (None:
-    all) have just been verified. Raises CheckpointError."""
+    all) have just been verified; with `damaged`, a folder that is named may be in any state. Raises CheckpointError."""
     if (path / "checkpoints").is_dir():
         found = CheckpointStore(path / "checkpoints").latest_valid(report=print, groups=groups)
         if found is None:
@@ -236,7 +236,7 @@ def find_checkpoint(path: Path, groups: Collection[str] | None = None) -> Path:
             found=f"no checkpoints/ and no {MANIFEST} in it" if path.exists() else "no such folder",
             change="give the run.dir of a training run, or one of its checkpoints/step-* folders",
         )
-    problem = verify_folder(path, groups=groups)
+    problem = None if damaged else verify_folder(path, groups=groups)
     if problem is not None:
         raise refusal(path, problem)
     return path

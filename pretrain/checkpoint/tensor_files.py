@@ -92,10 +92,12 @@ class TensorFile:
     def close(self) -> None:
         os.close(self._descriptor)
 
-    def read(self, name: str, box: Sequence[tuple[int, int]]) -> Tensor:
-        """Of a tensor, what lies between start and stop along each dimension: a new tensor on the CPU."""
+    def read(self, name: str, box: Sequence[tuple[int, int]], values: Tensor | None = None) -> Tensor:
+        """Of a tensor, what lies between start and stop along each dimension: `values`, contiguous and on the CPU, or
+        a new tensor."""
         entry = self._header[name]
-        values = torch.empty([stop - start for start, stop in box], dtype=DTYPES[entry["dtype"]])
+        if values is None:
+            values = torch.empty([stop - start for start, stop in box], dtype=DTYPES[entry["dtype"]])
         if values.numel():
             self._fill(values, self._first + entry["data_offsets"][0], entry["shape"], box)
         return values
