@@ -140,7 +140,7 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 saves at the end (and on a signal) only."""
     keep: int = 2
     """Newest checkpoints kept; older ones are removed once a newer one is verified. 0 keeps all."""
-    asynchronous: bool = False
+    asynchronous: bool = True
     """Train on while a checkpoint is written. It costs host memory: each rank's part of weights, moments and averages
     once more, 16 bytes a parameter with AdamW; a save that does not fit is made while training waits."""
     resume: str = "auto"

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from braid.data_pipeline.tokenizers import load_tokenizer
 from braid.pretrain.checkpoint.folder import CheckpointReader, open_checkpoint, refusal, verify_folder
 from braid.pretrain.checkpoint.snapshot import CONFIG_FILE, TOKENIZER_FOLDER, find_checkpoint
 from braid.pretrain.checkpoint.store import format_bytes
@@ -35,7 +36,7 @@ def show(path: Path, *, tensors: bool, as_json: bool) -> None:
 def describe(reader: CheckpointReader, problem: str | None) -> dict[str, Any]:
     """Everything but the single tensors. Keys are stable: scripts read them."""
     config, state = load_config(reader.path / CONFIG_FILE), reader.state
-    tokenizer = json.loads((reader.path / TOKENIZER_FOLDER / "braid_tokenizer.json").read_bytes())
+    tokenizer = load_tokenizer(reader.path / TOKENIZER_FOLDER)
     groups = {
         group: {
             "tensors": len(entries),
@@ -56,7 +57,7 @@ def describe(reader: CheckpointReader, problem: str | None) -> dict[str, Any]:
         "steps": config.training.steps,
         "objective": state["objective"],
         "seed": state["seed"],
-        "tokenizer": {"kind": tokenizer.get("kind"), "hash": state["tokenizer_hash"]},
+        "tokenizer": {"entries": tokenizer.vocab_size, "hash": tokenizer.hash},
         "encoder_fingerprint": state["encoder_fingerprint"],
         "noise_contract": state["noise_contract"],
         "versions": state["versions"],
@@ -78,7 +79,7 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         f"  step            {facts['step']:,} of {facts['steps']:,}",
         f"  objective       {facts['objective']}",
         f"  seed            {facts['seed']}, noise contract {facts['noise_contract']}",
-        f"  tokenizer       {facts['tokenizer']['kind']}, {facts['tokenizer']['hash'][:16]}",
+        f"  tokenizer       {facts['tokenizer']['entries']:,} entries, {facts['tokenizer']['hash'][:16]}",
         f"  encoder         {(facts['encoder_fingerprint'] or 'none')[:16]}",
         f"  written by      {written['processes']} processes ({plan}); {versions}",
         f"  size            {format_bytes(facts['bytes'])} in {facts['files']} files, format {facts['format']}",

@@ -58,7 +58,7 @@ def tensor_files(folder: Path) -> dict[str, int]:
 def test_inspect_says_what_is_there(run_dir: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["convert", "inspect", str(run_dir)]) == 0
     text = capsys.readouterr().out
-    for said in ("step-00000006", "valid, every hash re-computed", "6 of 6", "ccdd", "bytes", "noise contract",
+    for said in ("step-00000006", "valid, every hash re-computed", "6 of 6", "ccdd", "259 entries", "noise contract",
                  "2 processes (engine plain, tensor 2)", "weights", "optimizer", "ema", "encoder", "F32"):  # fmt: skip
         assert said in text, said
     assert main(["convert", "inspect", str(run_dir), "--json", "--tensors"]) == 0
