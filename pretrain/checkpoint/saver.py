@@ -45,6 +45,9 @@ FOLDER_TIMEOUT_S = 30.0
 """How long a network file system may take to show a folder that another machine has made."""
 MEMORY_MARGIN = 2**29
 """Bytes of host memory that an asynchronous save leaves free."""
+MEMORY_STEP = 2**26
+"""Bytes copied before it is asked again how much there is: other processes copy too."""
+POLL_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Saver:
         step: int,
         groups: Mapping[str, Iterable[tuple[str, LocalTensor]]],
         state: dict[str, Any],
-        files: Mapping[str, bytes | Path] | None = None,
+        files: Mapping[str, bytes] | None = None,
     ) -> None:
         """Begin a save; it is over when `settle` says so. A step already saved and valid is left alone.
 
@@ -93,7 +96,7 @@ class Saver:
             groups: group -> (name, what this rank writes of the tensor); the iteration may be collective, so that ranks
                 which write nothing go through it too.
             state: what JSON gives back as it was (string keys, lists); rank 0's counts.
-            files: relative name -> content, or a file to copy; rank 0's count.
+            files: relative name -> content; rank 0's count.
         """
         assert self._step is None, "settle the save before"
         text, files = json.dumps(state, indent=1), files or {}
@@ -109,7 +112,7 @@ class Saver:
         attempt = problem = None
         if self.world.rank == 0:
             try:
-                attempt = self.store.begin(step, size + len(text) + sum(map(_size, files.values())))
+                attempt = self.store.begin(step, size + len(text) + sum(map(len, files.values())))
             except SaveFailed as error:
                 problem = error
         attempt, problem = self.world.broadcast_object((attempt, problem))
@@ -117,28 +120,38 @@ class Saver:
         if attempt is None:  # it has failed, or was there already
             return
         self.store.num_saves += 1
-        if self.writer is None:
-            return
         work = (attempt, tensors, text, files)
-        if self.asynchronous and not num_short:
+        if self.writer is not None:
             self._thread = threading.Thread(target=self._work, args=work, name="checkpoint", daemon=True)
             self._thread.start()
-        else:
-            self._work(*work)
+        if num_short or not self.asynchronous:
+            self._wait()
 
     def settle(self, *, wait: bool) -> Ended | None:
         """How the save in flight ended; None where there is none, or it is not over and nobody is to wait for it."""
         if self._step is None:
             return None
-        if not wait and self.world.any(self._thread is not None and self._thread.is_alive()):
+        if wait:
+            self._wait()
+        elif self._running():
             return None
-        if self._thread is not None:
-            self._thread.join()
         problem = self.world.broadcast_object(self._problem)
         if self._defect is not None:
             raise self._defect
         step, self._step, self._thread = self._step, None, None
         return Ended(step, problem)
+
+    def _running(self) -> bool:
+        """Whether a writer is not done, on all ranks alike. Collective."""
+        return self.world.any(self._thread is not None and self._thread.is_alive())
+
+    def _wait(self) -> None:
+        """Until all writers are done. In short collectives, for they may write longer than one has patience."""
+        while self._running():
+            if self._thread is None:
+                time.sleep(POLL_S)
+            else:
+                self._thread.join(POLL_S)
 
     def close(self, *, wait: bool) -> None:
         """The run ends, perhaps in the middle of a save, and perhaps without its peers: not collective. The save is
@@ -156,20 +169,22 @@ class Saver:
         """What this rank writes, on the CPU; for an asynchronous save copies, as long as there is memory for them.
         Whether there was not."""
         tensors: dict[str, dict[str, LocalTensor]] = {}
-        short = False
+        room, short = 0, False
         for group, named in groups.items():
             tensors[group] = {}
             for name, local in named:
                 values = local.values.detach()
-                if self.asynchronous and not short:
-                    short = values.nbytes + MEMORY_MARGIN > available_memory()
+                if self.asynchronous and not short and room < values.nbytes:
+                    room = min(available_memory() - MEMORY_MARGIN, max(values.nbytes, MEMORY_STEP))
+                    short = room < values.nbytes
+                room -= values.nbytes
                 values = values.to("cpu", copy=self.asynchronous and not short)
                 tensors[group][name] = LocalTensor(values, local.shape, local.part)
         return tensors, short
 
-    # -- what a writer does, in the thread where there is one ----------------------------------------------------------
+    # -- what a writer does, in its thread -----------------------------------------------------------------------------
 
-    def _work(self, attempt: Attempt, tensors: dict, state: str, files: Mapping[str, bytes | Path]) -> None:
+    def _work(self, attempt: Attempt, tensors: dict, state: str, files: Mapping[str, bytes]) -> None:
         cause = None
         try:
             written = self._write(attempt, tensors)
@@ -219,7 +234,7 @@ class Saver:
         by_writers: list[Written | str],
         cause: Exception | None,
         state: str,
-        files: Mapping[str, bytes | Path],
+        files: Mapping[str, bytes],
     ) -> None:
         if self.writer != 0:
             return
@@ -245,7 +260,3 @@ def available_memory() -> int:
     except (OSError, KeyError):  # no such controller here
         pass
     return available
-
-
-def _size(content: bytes | Path) -> int:
-    return len(content) if isinstance(content, bytes) else content.stat().st_size

@@ -13,10 +13,12 @@ import torch
 
 from braid.kernels.errors import CheckpointError
 from braid.parallel.data_parallel import World
+from braid.parallel.layers import Shard
 from braid.parallel.mesh import Mesh, build_mesh
 from braid.parallel.plan import ParallelConfig
 from braid.pretrain.checkpoint import saver as saver_module
 from braid.pretrain.checkpoint import store as store_module
+from braid.pretrain.checkpoint.layout import build_layout
 from braid.pretrain.checkpoint.pieces import local_tensor
 from braid.pretrain.checkpoint.saver import Saver
 from braid.pretrain.checkpoint.store import CheckpointStore
@@ -112,3 +114,31 @@ def train_while_saving(world: World, folder: Path) -> bool:
     assert ended.problem is None and saver.settle(wait=False) is None
     mesh.close()
     return went_on > 5
+
+
+def values_of(name: str) -> torch.Tensor:
+    """Whole, of a parameter of `save_stages`; 7 rows divide by nothing."""
+    return torch.randn(7, 3, generator=torch.Generator().manual_seed(len(name)))
+
+
+def save_stages(world: World, folder: Path) -> tuple[frozenset[str], frozenset[str], list[str]]:
+    """Two stages of two processes each: a table on both stages and a norm on both, divided and not, and one of each by
+    itself. What this rank owns, what it has, and the names of the whole model."""
+    mesh = build_mesh(world, ParallelConfig(tensor=2, pipeline=2))
+    store = CheckpointStore(folder)
+    if world.rank == 0:
+        store.__enter__()
+    world.barrier()
+    module = torch.nn.ParameterDict()
+    for name in ("table", "norm", f"matrix_of_{mesh.pipeline.rank}", f"bias_of_stage_{mesh.pipeline.rank}"):
+        shard = Shard(0, 1, mesh.tensor.rank, 2, 7) if name.startswith(("table", "matrix")) else None
+        whole = values_of(name)
+        module[name] = torch.nn.Parameter(whole if shard is None else shard.cut(whole))
+        if shard is not None:
+            module[name].shard = shard
+    layout = build_layout(module, mesh)
+    saver = Saver(store, mesh, asynchronous=False)
+    saver.start(1, {"weights": layout.written(module.items())}, {})
+    assert saver.settle(wait=True).problem is None and saver.num_writers == 4
+    mesh.close()
+    return layout.owned, layout.here, sorted(layout.shapes)

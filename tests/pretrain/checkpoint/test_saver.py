@@ -13,7 +13,14 @@ import pytest
 import saves
 import torch
 from rank_processes import run_on_ranks
-from saver_bodies import resave, save_more_than_there_is, save_without_seeing, train_while_saving
+from saver_bodies import (
+    resave,
+    save_more_than_there_is,
+    save_stages,
+    save_without_seeing,
+    train_while_saving,
+    values_of,
+)
 from training_runs import (
     TINY,
     Trainers,
@@ -158,6 +165,26 @@ def test_training_goes_on_while_a_slow_writer_writes(tmp_path: Path) -> None:
     assert run_on_ranks(train_while_saving, 2, folder) == [True, True]
     for values in load_checkpoint(folder / "step-00000001").groups["weights"].values():
         assert torch.equal(values, torch.arange(100.0))
+
+
+def test_each_tensor_is_written_once_whoever_has_it(tmp_path: Path) -> None:
+    """The lowest stage writes what several have; of the tensor axis, rank 0 what all have. Ranks 0 and 1 are the first
+    stage."""
+    folder = tmp_path / "run" / "checkpoints"
+    results = run_on_ranks(save_stages, 4, folder)
+    own = [{f"matrix_of_{stage}", f"bias_of_stage_{stage}"} for stage in (0, 0, 1, 1)]
+    assert [owned for owned, _, _ in results] == [own[0] | {"table", "norm"}] * 2 + [own[2]] * 2
+    names = sorted({"table", "norm", *own[0], *own[2]})
+    assert all(here == own[rank] | {"table", "norm"} for rank, (_, here, _) in enumerate(results))
+    assert all(everywhere == names for _, _, everywhere in results)
+    path = folder / "step-00000001"
+    with open_checkpoint(path) as reader:
+        files = {name: [piece.file for piece in entry.pieces] for name, entry in reader.index["weights"].items()}
+        for name in names:
+            assert torch.equal(reader.read("weights", name), values_of(name))
+    numbers = {name: [int(file[8:11]) for file in each] for name, each in files.items()}
+    assert numbers == {"table": [0, 1], "matrix_of_0": [0, 1], "matrix_of_1": [2, 3], "norm": [0],
+                       "bias_of_stage_0": [0], "bias_of_stage_1": [2]}  # fmt: skip
 
 
 def test_from_two_to_one_to_four_and_back_the_bits_are_the_same(trainers: Trainers, tmp_path: Path) -> None:
