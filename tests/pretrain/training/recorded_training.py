@@ -47,10 +47,10 @@ class RecordedTrainer(loop.Trainer):
             self._save_in(CheckpointStore(RESAVED))
 
     def _save_in(self, store: CheckpointStore) -> None:
-        own, self.store = self.store, store
+        own, self.saver.store = self.saver.store, store
         with store if self.world.rank == 0 else nullcontext():
             self._save(last=True)
-        self.store = own
+        self.saver.store = own
 
     def corrupt(self, batch, noise):
         noise = RecordedNoise(**vars(noise))
