@@ -113,6 +113,7 @@ class Trainer:
         self.objective = build_objective(config, self.tokenizer, encoder, self.device, **sharded)
         if config.accelerators.linears == "transformer-engine":
             use_fp8(self.objective.network)
+        self.layout = build_layout(self.objective, mesh)  # before an engine may divide the parameters
         self.engine = build_engine(config, self.objective, mesh)
         self.ema = EMA(self.engine, training.ema_decay) if training.ema_decay else None
         self.noise_key = fold_key(config.run.seed, "train")
@@ -124,7 +125,6 @@ class Trainer:
         self.interval = Interval()
         self.failed_saves, self.saved_step = 0, -1
         self.checkpoint_files = checkpoint_files(config, self.tokenizer)
-        self.layout = build_layout(self.objective, mesh)
         self.saver = Saver(store, mesh, asynchronous=config.checkpoint.asynchronous, report=self.say)
         state = self._resume()
         self.objective.begin_step(self.step, training.steps)
