@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import signal
 import subprocess
@@ -39,6 +40,7 @@ from braid.pretrain.checkpoint.saver import Saver, available_memory
 from braid.pretrain.checkpoint.store import CheckpointStore
 
 MODES = pytest.mark.parametrize("asynchronous", [False, True], ids=["synchronous", "asynchronous"])
+on_ranks = functools.partial(run_on_ranks, timeout_s=300)
 TWO = {"parallel__tensor": 2, "ranks": 2}
 
 
@@ -140,7 +142,7 @@ def small_disk(tmp_path: Path):
 @MODES
 def test_a_disk_that_is_full_for_a_rank_that_is_not_the_first(small_disk: Path, asynchronous: bool) -> None:
     folder = small_disk / "run" / "checkpoints"
-    for failed, saved in run_on_ranks(save_more_than_there_is, 2, folder, asynchronous):
+    for failed, saved in on_ranks(save_more_than_there_is, 2, folder, asynchronous):
         assert "rank 1 on" in failed and "No space left on device" in failed and "step-00000001" in failed
         assert saved is None
     checkpoint = load_checkpoint(folder / "step-00000002")
@@ -151,7 +153,7 @@ def test_a_disk_that_is_full_for_a_rank_that_is_not_the_first(small_disk: Path, 
 @MODES
 def test_a_folder_that_one_rank_does_not_see(tmp_path: Path, asynchronous: bool) -> None:
     folder = tmp_path / "run" / "checkpoints"
-    results = run_on_ranks(save_without_seeing, 2, folder, asynchronous)
+    results = on_ranks(save_without_seeing, 2, folder, asynchronous)
     if None in results:
         pytest.skip("this process may not have mounts of its own")
     for saving, resuming in results:
@@ -162,7 +164,7 @@ def test_a_folder_that_one_rank_does_not_see(tmp_path: Path, asynchronous: bool)
 
 def test_training_goes_on_while_a_slow_writer_writes(tmp_path: Path) -> None:
     folder = tmp_path / "run" / "checkpoints"
-    assert run_on_ranks(train_while_saving, 2, folder) == [True, True]
+    assert on_ranks(train_while_saving, 2, folder) == [True, True]
     for values in load_checkpoint(folder / "step-00000001").groups["weights"].values():
         assert torch.equal(values, torch.arange(100.0))
 
@@ -171,7 +173,7 @@ def test_each_tensor_is_written_once_whoever_has_it(tmp_path: Path) -> None:
     """The lowest stage writes what several have; of the tensor axis, rank 0 what all have. Ranks 0 and 1 are the first
     stage."""
     folder = tmp_path / "run" / "checkpoints"
-    results = run_on_ranks(save_stages, 4, folder)
+    results = on_ranks(save_stages, 4, folder)
     own = [{f"matrix_of_{stage}", f"bias_of_stage_{stage}"} for stage in (0, 0, 1, 1)]
     assert [owned for owned, _, _ in results] == [own[0] | {"table", "norm"}] * 2 + [own[2]] * 2
     names = sorted({"table", "norm", *own[0], *own[2]})
@@ -208,7 +210,7 @@ def test_from_two_to_one_to_four_and_back_the_bits_are_the_same(trainers: Traine
         assert len(split) > 10 and all(entry.pieces[0].part for entry in split)
     for number, (size, tensor, sequence) in enumerate([(1, 1, False), (4, 4, False), (4, 2, True), (2, 2, False)]):
         plan = [f"parallel.tensor={tensor}", f"parallel.sequence={sequence}".lower(), "training.micro_batch_size=2"]
-        assert run_on_ranks(resave, size, [*words, *plan], tmp_path / f"aside-{number}") == [tensor] * size
+        assert on_ranks(resave, size, [*words, *plan], tmp_path / f"aside-{number}") == [tensor] * size
         found = load_checkpoint(path)
         assert {group: tensors.keys() for group, tensors in found.groups.items()} == {
             group: tensors.keys() for group, tensors in expected.groups.items()
