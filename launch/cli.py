@@ -13,11 +13,13 @@ from braid.pretrain.exits import EXIT_CODES, run_and_report
 PRETRAIN = "pretrain"
 PRETRAIN_SUMMARY = "train a model from a recipe"
 
-# Each of these modules has `add_arguments(parser)` and `main(options) -> exit code`.
+# Each of these modules has `add_arguments(parser)` and `main(options) -> exit code`; HAS_ACTIONS where the first word
+# after the command is an action with options of its own.
 COMMANDS = {
     "prepare": ("tokenise texts into a corpus", "braid.data_pipeline.prepare"),
     "sample": ("draw texts from a checkpoint", "braid.pretrain.sampling.command"),
     "evaluate": ("bounds and qualities of a checkpoint, with standard errors", "braid.pretrain.evaluation.command"),
+    "convert": ("say what a checkpoint holds, or pack it anew", "braid.pretrain.convert.command"),
     "plan": (
         "parameters, memory, traffic, time and disk of a recipe on so many GPUs",
         "braid.pretrain.planning.command",
@@ -62,7 +64,9 @@ def _dispatch(words: list[str]) -> int:
     module = importlib.import_module(module_name)
     own = argparse.ArgumentParser(prog=f"braid {name}", description=f"{summary[0].upper()}{summary[1:]}.")
     module.add_arguments(own)
-    return module.main(own.parse_intermixed_args(rest))
+    # Options may stand between positional words, which argparse cannot do where there are actions.
+    parse = own.parse_args if getattr(module, "HAS_ACTIONS", False) else own.parse_intermixed_args
+    return module.main(parse(rest))
 
 
 def _epilog() -> str:

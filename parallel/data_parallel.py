@@ -67,6 +67,15 @@ class World:
             dist.broadcast_object_list(box, src=source, device=torch.device("cpu"))
         return box[0]
 
+    def all_gather_object(self, value: T) -> list[T]:
+        """Every rank's value (anything that pickles), by rank."""
+        if not self.grouped:
+            return [value]
+        box: list[T] = [value] * self.size
+        with self._named("gather"):
+            dist.all_gather_object(box, value)
+        return box
+
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place, of a tensor of one shape and type everywhere; returns it.
 

@@ -62,15 +62,34 @@ class Shard:
         """Length of a piece, zeros included."""
         return -(-self.length // (self.parts * self.size))
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """Where this process's piece starts and stops in each part, zeros left out."""
+        part = self.length // self.parts
+        return min(self.rank * self.piece, part), min((self.rank + 1) * self.piece, part)
+
     def cut(self, full: Tensor) -> Tensor:
         """This process's part of the whole tensor; it may be a view."""
-        part = self.length // self.parts
-        start, stop = (min(edge * self.piece, part) for edge in (self.rank, self.rank + 1))
-        held = full.unflatten(self.dim, (self.parts, part)).narrow(self.dim + 1, start, stop - start)
+        start, stop = self.span
+        parts = full.unflatten(self.dim, (self.parts, self.length // self.parts))
+        return self.pad(parts.narrow(self.dim + 1, start, stop - start).flatten(self.dim, self.dim + 1))
+
+    def pad(self, values: Tensor) -> Tensor:
+        """What this process holds, from its values without the zeros; `trim` is the inverse."""
+        start, stop = self.span
         missing = self.piece - (stop - start)
-        if missing:
-            held = F.pad(held, (0, 0) * (full.ndim - self.dim - 1) + (0, missing))
-        return held.flatten(self.dim, self.dim + 1)
+        if not missing:
+            return values
+        held = values.unflatten(self.dim, (self.parts, stop - start))
+        return F.pad(held, (0, 0) * (values.ndim - self.dim - 1) + (0, missing)).flatten(self.dim, self.dim + 1)
+
+    def trim(self, held: Tensor) -> Tensor:
+        """The values of what this process holds, without the zeros; it may be a view."""
+        start, stop = self.span
+        if stop - start == self.piece:
+            return held
+        parts = held.unflatten(self.dim, (self.parts, self.piece))
+        return parts.narrow(self.dim + 1, 0, stop - start).flatten(self.dim, self.dim + 1)
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """The whole tensor from the parts of all processes, in their order."""

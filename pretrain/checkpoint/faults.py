@@ -3,9 +3,9 @@
 `BRAID_FAULT="save:<phase>:<action>[@N]"` makes the N-th save of a store (the first by default; saves that find the
 step already there do not count) fail at a phase:
 
-    before_write     the temporary folder exists, nothing is in it
+    before_write     the temporary folder exists, nothing of this process is in it
     during_tensors   the first tensor of the first file is on its way, its file is incomplete
-    after_tensors    every tensor file is written and fsynced
+    after_tensors    every tensor file of this process is written and fsynced
     before_manifest  every other file is, too
     after_manifest   the manifest is written and fsynced
     before_rename    all was read back from disk and is right
@@ -13,7 +13,11 @@ step already there do not count) fail at a phase:
     before_pointer   its name is durable, `latest` still names the previous one
     during_purge     an old checkpoint has been taken out of sight and not yet removed
 
-`kill` is SIGKILL to the process itself; `enospc` raises the OSError of a full disk.
+The first three are met by every process that writes, the others by rank 0; in an asynchronous save while training goes
+on.
+
+`kill` is SIGKILL to the process itself; `enospc` raises the OSError of a full disk; `hang` stays there for an hour, as
+with a file system that does not answer.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import errno
 import os
 import re
 import signal
+import time
 
 from braid.kernels.errors import InputError
 
@@ -29,7 +34,7 @@ PHASES = (
     "before_write", "during_tensors", "after_tensors", "before_manifest", "after_manifest",
     "before_rename", "after_rename", "before_pointer", "during_purge",
 )  # fmt: skip
-ACTIONS = ("kill", "enospc")
+ACTIONS = ("kill", "enospc", "hang")
 
 
 def fault_point(phase: str, save_number: int) -> None:
@@ -49,4 +54,6 @@ def fault_point(phase: str, save_number: int) -> None:
         return
     if match[2] == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if match[2] == "hang":
+        time.sleep(3600)
     raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} (BRAID_FAULT)")

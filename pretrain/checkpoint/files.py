@@ -1,29 +1,19 @@
-"""Files that survive a crash: atomic replacement, fsync, hashes, a lock, and a streaming safetensors writer.
-
-Reading tensors is left to the safetensors package. Writing is done here because a checkpoint needs three things at
-once that the package does not give: tensors copied to the host one at a time (no second copy of the model in memory),
-the hash of the bytes that were meant to be written, and the operating system's own error number when a write fails.
-"""
+"""Files that survive a crash: atomic replacement, fsync, hashes, and a lock."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import xxhash
 
 from braid.kernels.errors import CheckpointError, InputError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 CHUNK = 8 * 2**20
 """Bytes written or read at a time."""
@@ -86,39 +76,6 @@ def file_chunks(path: Path) -> Iterator[bytes]:
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK):
             yield chunk
-
-
-def safetensors_chunks(tensors: Mapping[str, Tensor], between: Callable[[], None]) -> Iterator[bytes | memoryview]:
-    """A safetensors file as a stream: 8-byte little-endian header length, JSON header padded to 8 bytes, raw data.
-
-    Tensors lie in order of falling element size, then by name, so that each starts aligned. `between` is called after
-    each tensor. Tensors that share memory are written as often as they are named.
-    """
-    import torch
-
-    names = {
-        torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-        torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-        torch.uint8: "U8", torch.bool: "BOOL",
-    }  # fmt: skip
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for name in order:
-        tensor = tensors[name]
-        assert tensor.dtype in names, f"{name}: no safetensors name for {tensor.dtype}"
-        stop = start + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, stop]}
-        start = stop
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little")
-    yield text
-    for name in order:
-        raw = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        for first in range(0, raw.nbytes, CHUNK):
-            yield memoryview(raw[first : first + CHUNK])
-        between()
 
 
 class RunLock:

@@ -1,18 +1,77 @@
-"""The layout of a checkpoint is none: it holds whole tensors, whatever the layout of the run that saved it.
+"""Which part of a checkpoint's tensors a process has, and which it writes.
 
-A run whose weights are divided gathers them to save and cuts them when it loads (parallel/layers.Shard). Tensors go by
-the name of their parameter, those of the optimizer by `<parameter name>/<state name>`.
+A checkpoint is of whole tensors, by the names of one process; those of the optimizer go by `<parameter name>/<state
+name>`. A process holds some of them, and of a parameter that the tensor axis divides a part (parallel/layers.Shard).
+Each is written once:
+
+    of the ranks that have the same part, those with position 0 on the reduction axis write;
+    of the pipeline stages that have a name, the lowest writes it (a table shared by embedding and head lies on two);
+    what the tensor axis has whole on every rank, its rank 0 writes.
 """
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
-from braid.parallel.layers import Shard, gather_whole
-from braid.parallel.mesh import Axis
-from braid.parallel.pipeline import counts_here
+from braid.parallel.layers import Shard, whole_shape
+from braid.parallel.mesh import Mesh
+
+from .pieces import LocalTensor, local_tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Of one process. Keys are names, or a name and what comes behind a slash."""
+
+    shapes: dict[str, torch.Size]
+    """Of the whole tensors of the whole model, by name: the state dict as one process has it."""
+    shards: dict[str, Shard]
+    """Of the parameters here that are divided."""
+    here: frozenset[str]
+    """Names that this process has."""
+    owned: frozenset[str]
+    """Names that this process writes, or its part of them."""
+    first: bool
+    """Of the ranks of the tensor axis, it is the one that writes what all of them have."""
+    writes_the_rest: bool
+    """It is the one process that writes what belongs to no stage."""
+
+    def shard(self, key: str, num_dims: int) -> Shard | None:
+        """How a tensor is divided; an optimizer's step counters are not."""
+        return self.shards.get(_name(key)) if num_dims else None
+
+    def written(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, LocalTensor]]:
+        """What this process writes of the tensors it has."""
+        for key, held in named:
+            shard = self.shard(key, held.ndim)
+            if _name(key) in self.owned and (self.first or shard is not None):
+                yield key, local_tensor(held, shard)
+
+    def has(self, key: str) -> bool:
+        return _name(key) in self.here
+
+
+def build_layout(module: nn.Module, mesh: Mesh) -> Layout:
+    """The layout of a module whose parameters say in `shard` what they are of the whole. Collective over all ranks."""
+    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    shapes |= {name: whole_shape(parameter) for name, parameter in module.named_parameters()}
+    by_rank = mesh.world.all_gather_object((mesh.pipeline.rank, shapes)) if mesh.pipeline.size > 1 else []
+    lower = {name for stage, others in by_rank if stage < mesh.pipeline.rank for name in others}
+    everywhere = shapes.copy()
+    for _, others in by_rank:
+        everywhere |= others
+    return Layout(
+        shapes=everywhere,
+        shards=shards_of(module),
+        here=frozenset(shapes),
+        owned=frozenset(shapes.keys() - lower if mesh.reduction.rank == 0 else ()),
+        first=mesh.tensor.rank == 0,
+        writes_the_rest=mesh.world.rank == 0,
+    )
 
 
 def shards_of(module: nn.Module) -> dict[str, Shard]:
@@ -21,42 +80,6 @@ def shards_of(module: nn.Module) -> dict[str, Shard]:
     return {name: shard for name, shard in named if shard is not None}
 
 
-def gather_tensors(tensors: dict[str, Tensor], shards: dict[str, Shard], axis: Axis) -> dict[str, Tensor]:
-    """Every tensor whole, on every process of the tensor axis; the gathered ones on the CPU. Collective."""
-    whole = {}
-    for key, tensor in tensors.items():
-        shard = _shard(key, tensor, shards)
-        whole[key] = tensor if shard is None else gather_whole(tensor, shard, axis).cpu()
-    return whole
-
-
-def cut_tensors(tensors: dict[str, Tensor], shards: dict[str, Shard]) -> dict[str, Tensor]:
-    """This process's part of whole tensors."""
-    cut = {}
-    for key, tensor in tensors.items():
-        shard = _shard(key, tensor, shards)
-        cut[key] = tensor if shard is None else shard.cut(tensor)
-    return cut
-
-
-def gather_stages(groups: dict[str, dict[str, Tensor]], module: nn.Module, axis: Axis) -> dict[str, dict[str, Tensor]]:
-    """The tensors of all processes of the pipeline axis, on the first of them; of what several have, its own.
-    Collective, and the others get what they had."""
-    if not axis.grouped:
-        return groups
-    named = itertools.chain(module.named_parameters(), module.named_buffers())
-    mine = {name for name, tensor in named if counts_here(tensor, axis)}
-    parts = axis.gather_object(
-        {
-            group: {key: tensor.cpu() for key, tensor in tensors.items() if key.partition("/")[0] in mine}
-            for group, tensors in groups.items()
-        }
-    )
-    if axis.rank > 0:
-        return groups
-    return {group: {key: t for part in parts for key, t in part[group].items()} for group in groups}
-
-
-def _shard(key: str, tensor: Tensor, shards: dict[str, Shard]) -> Shard | None:
-    """How the tensor is divided; an optimizer's step counters are not."""
-    return shards.get(key.partition("/")[0]) if tensor.ndim else None
+def _name(key: str) -> str:
+    """Of the parameter a key is about."""
+    return key.partition("/")[0]

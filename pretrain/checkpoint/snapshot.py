@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, is_dataclass
 from dataclasses import fields as dataclass_fields
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,6 @@ from braid.data_pipeline.tokenizers import Tokenizer, load_tokenizer
 from braid.kernels.errors import CheckpointError
 from braid.kernels.random import CONTRACT_VERSION
 from braid.parallel.engine import Engine
-from braid.parallel.layers import whole_shape
-from braid.parallel.mesh import Mesh
 from braid.pretrain.config.load import dump_config, load_config
 from braid.pretrain.config.schema import Config
 from braid.pretrain.model.encoders import TableEncoder
@@ -25,7 +25,9 @@ from braid.pretrain.objectives.base import Objective
 from braid.pretrain.objectives.build import build_objective, saved_encoder
 from braid.pretrain.training.ema import EMA
 
-from .layout import cut_tensors, gather_stages, gather_tensors, shards_of
+from .folder import MANIFEST, CheckpointReader, open_checkpoint, refusal, verify_folder
+from .layout import Layout
+from .pieces import LocalTensor, local_tensor
 from .store import CheckpointStore
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -35,21 +37,6 @@ FREE_TO_CHANGE = ("model.dropout", "model.activation_checkpointing", "model.comp
 """Fields of the sections `model` and `objective` that do not change what the saved weights mean."""
 UNMENTIONED = ("run.dir", "run.threads", "data.path", "data.workers", "training.log_every", "telemetry")
 """Fields whose change is not worth a line when a run is continued."""
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """Tensors by group (weights, ema, optimizer, encoder), JSON state, and the configuration it was saved with."""
-
-    groups: dict[str, dict[str, Tensor]]
-    state: dict[str, Any]
-    config: Config
-
-    @staticmethod
-    def load(store: CheckpointStore, path: Path) -> Snapshot:
-        """Read and verify a committed checkpoint."""
-        checkpoint = store.load(path)
-        return Snapshot(checkpoint.groups, checkpoint.state, load_config(path / CONFIG_FILE))
 
 
 def checkpoint_files(config: Config, tokenizer: Tokenizer) -> dict[str, bytes]:
@@ -63,34 +50,28 @@ def checkpoint_files(config: Config, tokenizer: Tokenizer) -> dict[str, bytes]:
     return files
 
 
-def tensors_to_save(objective: Objective, engine: Engine, ema: EMA | None, mesh: Mesh) -> dict[str, dict[str, Tensor]]:
-    """All tensors of a checkpoint by group, whole whatever the layout, on rank 0. Collective."""
+def tensors_to_save(
+    objective: Objective, engine: Engine, ema: EMA | None, layout: Layout
+) -> dict[str, Iterator[tuple[str, LocalTensor]]]:
+    """Group -> what this process writes of its tensors (weights, ema, optimizer, encoder). The iteration is collective
+    over the reduction axis."""
     groups = {
-        "weights": dict(engine.named(engine.held)) | engine.untrained(),
-        "optimizer": dict(engine.optimizer_state()),
+        "weights": layout.written(chain(engine.named(engine.held), engine.untrained().items())),
+        "optimizer": layout.written(engine.optimizer_state()),
     }
     if ema:
-        groups["ema"] = dict(engine.named(ema.averages))
-    shards = shards_of(objective)
-    groups = {name: gather_tensors(tensors, shards, mesh.tensor) for name, tensors in groups.items()}
-    if mesh.tensor.rank == mesh.reduction.rank == 0:
-        groups = gather_stages(groups, objective, mesh.pipeline)
+        groups["ema"] = layout.written(engine.named(ema.averages))
     encoder = getattr(objective, "encoder", None)
     if isinstance(encoder, TableEncoder):
-        groups["encoder"] = {"table": encoder.table}
+        groups["encoder"] = iter([("table", local_tensor(encoder.table, None))] if layout.writes_the_rest else [])
     return groups
 
 
-def take(
-    config: Config,
-    step: int,
-    objective: Objective,
-    groups: dict[str, dict[str, Tensor]],
-    state: dict[str, Any],
-    tokenizer: Tokenizer,
-) -> Snapshot:
-    """Everything needed to continue bit for bit, or to sample and evaluate elsewhere without the corpus. `groups` are
-    the objective's `tensors_to_save`."""
+def describe(
+    config: Config, step: int, objective: Objective, state: dict[str, Any], tokenizer: Tokenizer, num_processes: int
+) -> dict[str, Any]:
+    """The JSON state of a checkpoint: `state`, and what else it takes to continue bit for bit, or to sample and
+    evaluate elsewhere without the corpus."""
     encoder = getattr(objective, "encoder", None)
     identity = {
         "step": step,
@@ -99,20 +80,23 @@ def take(
         "tokenizer_hash": tokenizer.hash,
         "encoder_fingerprint": encoder.fingerprint if encoder is not None else None,
         "noise_contract": CONTRACT_VERSION,
+        "processes": num_processes,
         "versions": {"braid": version("braid-lm"), "torch": torch.__version__},
     }
-    return Snapshot(groups, {**identity, **state}, config)
+    return {**identity, **state}
 
 
 def restore(
-    snapshot: Snapshot,
+    reader: CheckpointReader,
     config: Config,
     objective: Objective,
     engine: Engine,
     ema: EMA | None,
     tokenizer: Tokenizer,
+    layout: Layout,
 ) -> list[str]:
-    """Put a snapshot into freshly built objects.
+    """Put a checkpoint into freshly built objects, whatever the layout of either; what is read is what this process
+    holds.
 
     Returns a line for each setting that differs from the saved one and may differ. Raises CheckpointError, which says
     what does not fit: another model, objective, tokenizer, encoder, seed or noise contract.
@@ -126,19 +110,13 @@ def restore(
         "noise_contract": CONTRACT_VERSION,
     }
     differences = [
-        f"{name}: checkpoint {snapshot.state[name]}, this run {value}"
+        f"{name}: checkpoint {reader.state[name]}, this run {value}"
         for name, value in running.items()
-        if snapshot.state[name] != value
+        if reader.state[name] != value
     ]
-    running_shapes = {name: tensor.shape for name, tensor in objective.state_dict().items()}
-    running_shapes |= {name: whole_shape(parameter) for name, parameter in objective.named_parameters()}
-    held, pipeline = running_shapes.keys(), objective.network.stage.axis
-    if pipeline is not None:
-        running_shapes = {
-            key: shape for part in pipeline.all_gather_object(running_shapes) for key, shape in part.items()
-        }
-    differences += _shape_differences(snapshot.groups["weights"], running_shapes)
-    changes = _setting_changes(snapshot.config, config)
+    saved_shapes = {name: torch.Size(entry.shape) for name, entry in reader.index["weights"].items()}
+    differences += _shape_differences(saved_shapes, layout.shapes)
+    changes = _setting_changes(load_config(reader.path / CONFIG_FILE), config)
     meaningful = ("model.", "objective.", "optimizer.name")
     fixed = {field: change for field, change in changes.items() if field.startswith(meaningful)}
     differences += [f"{field}: {change}" for field, change in fixed.items() if field not in FREE_TO_CHANGE]
@@ -148,23 +126,31 @@ def restore(
             found="; ".join(differences),
             change="use the configuration it was saved with (config.yaml in the run directory), or another run.dir",
         )
-    shards = shards_of(objective)
-    weights = cut_tensors(snapshot.groups["weights"], shards)
-    with engine.writing() as trained:
-        for name, tensor in engine.untrained().items():
-            tensor.copy_(weights[name])
-        engine.fill(trained, weights.__getitem__)
-    state = {key: value for key, value in snapshot.groups["optimizer"].items() if key.rpartition("/")[0] in held}
-    state = cut_tensors(state, shards)
-    engine.load_optimizer_state(state.keys(), state.__getitem__)
-    if ema and "ema" in snapshot.groups:
-        engine.fill(ema.averages, cut_tensors(snapshot.groups["ema"], shards).__getitem__)
-    elif ema:
+    if "optimizer" not in reader.index:
+        raise CheckpointError(
+            "the checkpoint has no optimizer state: it can be sampled and evaluated, not continued",
+            found=f"{reader.path} has {', '.join(reader.index)}",
+            change="put the whole checkpoint back, or start in another run.dir",
+        )
+    if ema and "ema" not in reader.index:
         raise CheckpointError(
             "the checkpoint has no averaged weights",
             found="training.ema_decay was 0 when it was saved",
             change="set training.ema_decay=0, or start in another run.dir",
         )
+
+    def part(group: str) -> Callable[[str], Tensor]:
+        """Reads what this process holds of a tensor."""
+        entries = reader.index[group]
+        return lambda key: reader.read(group, key, layout.shard(key, len(entries[key].shape)))
+
+    with engine.writing() as trained:
+        for name, tensor in engine.untrained().items():
+            tensor.copy_(part("weights")(name))
+        engine.fill(trained, part("weights"))
+    engine.load_optimizer_state([key for key in reader.index["optimizer"] if layout.has(key)], part("optimizer"))
+    if ema:
+        engine.fill(ema.averages, part("ema"))
     return [f"{field}: {change}" for field, change in changes.items() if not field.startswith(UNMENTIONED)]
 
 
@@ -184,14 +170,14 @@ def _setting_changes(saved: Config, running: Config) -> dict[str, str]:
     return {name: f"{before[name]} -> {now[name]}" for name in now if name in before and before[name] != now[name]}
 
 
-def _shape_differences(saved: dict[str, Tensor], running: dict[str, torch.Size]) -> list[str]:
+def _shape_differences(saved: dict[str, torch.Size], running: dict[str, torch.Size]) -> list[str]:
     """At most a handful of lines: names on one side only, and tensors of other shapes."""
     lines = [f"{name} only in the checkpoint" for name in sorted(saved.keys() - running.keys())]
     lines += [f"{name} only in this run" for name in sorted(running.keys() - saved.keys())]
     lines += [
-        f"{name}: checkpoint {tuple(saved[name].shape)}, this run {tuple(running[name])}"
+        f"{name}: checkpoint {tuple(saved[name])}, this run {tuple(running[name])}"
         for name in sorted(saved.keys() & running.keys())
-        if saved[name].shape != running[name]
+        if saved[name] != running[name]
     ]
     return lines if len(lines) <= 4 else [*lines[:4], f"and {len(lines) - 4} more tensors"]
 
@@ -212,37 +198,45 @@ def load_model(path: Path, device: torch.device, *, use_ema: bool = True) -> Loa
 
     Uses the averaged weights where there are any, unless `use_ema` is False.
     """
+    path = find_checkpoint(path, ("weights", "encoder", *(["ema"] if use_ema else [])))
+    with open_checkpoint(path, check_tensors=False) as reader:
+        state, config = reader.state, load_config(path / CONFIG_FILE)
+        tokenizer = load_tokenizer(path / TOKENIZER_FOLDER)
+        tables = {name: reader.read("encoder", name) for name in reader.index.get("encoder", ())}
+        encoder = saved_encoder(config, tokenizer, tables, path, device)
+        if encoder is not None and encoder.fingerprint != state["encoder_fingerprint"]:
+            raise CheckpointError(
+                "the encoder is not the one the model was trained with",
+                found=f"fingerprint {encoder.fingerprint}, the checkpoint's is {state['encoder_fingerprint']}",
+                change=f"put the original back at {config.objective.encoder.path}",
+            )
+        objective = build_objective(config, tokenizer, encoder, device)
+        averaged = reader.index.get("ema", {}) if use_ema else {}
+        objective.load_state_dict(
+            {name: reader.read("ema" if name in averaged else "weights", name) for name in reader.index["weights"]}
+        )
+    objective.begin_step(state["step"], config.training.steps)
+    objective.eval()
+    return LoadedModel(config, objective, tokenizer, state["step"], path)
+
+
+def find_checkpoint(path: Path, groups: Collection[str] | None = None, *, damaged: bool = False) -> Path:
+    """The newest valid checkpoint of a run directory, or the checkpoint folder itself, whose tensors of `groups` (None:
+    all) have just been verified; with `damaged`, a folder that is named may be in any state. Raises CheckpointError."""
     if (path / "checkpoints").is_dir():
-        store = CheckpointStore(path / "checkpoints")
-        found = store.latest_valid(report=print)
+        found = CheckpointStore(path / "checkpoints").latest_valid(report=print, groups=groups)
         if found is None:
             raise CheckpointError(
                 f"no valid checkpoint in {path / 'checkpoints'}", change="train first: braid pretrain ..."
             )
-        path = found[1]
-    elif (path / "manifest.json").is_file():
-        store = CheckpointStore(path.parent)
-    else:
+        return found[1]
+    if not (path / MANIFEST).is_file():
         raise CheckpointError(
             f"{path} is neither a run directory nor a checkpoint",
-            found="no checkpoints/ and no manifest.json in it" if path.exists() else "no such folder",
+            found=f"no checkpoints/ and no {MANIFEST} in it" if path.exists() else "no such folder",
             change="give the run.dir of a training run, or one of its checkpoints/step-* folders",
         )
-    snapshot = Snapshot.load(store, path)
-    config = snapshot.config
-    tokenizer = load_tokenizer(path / TOKENIZER_FOLDER)
-    encoder = saved_encoder(config, tokenizer, snapshot.groups.get("encoder"), path, device)
-    if encoder is not None and encoder.fingerprint != snapshot.state["encoder_fingerprint"]:
-        raise CheckpointError(
-            "the encoder is not the one the model was trained with",
-            found=f"fingerprint {encoder.fingerprint}, the checkpoint's is {snapshot.state['encoder_fingerprint']}",
-            change=f"put the original back at {config.objective.encoder.path}",
-        )
-    objective = build_objective(config, tokenizer, encoder, device)
-    weights = dict(snapshot.groups["weights"])
-    if use_ema:
-        weights.update(snapshot.groups.get("ema", {}))
-    objective.load_state_dict(weights)
-    objective.begin_step(snapshot.state["step"], config.training.steps)
-    objective.eval()
-    return LoadedModel(config, objective, tokenizer, snapshot.state["step"], path)
+    problem = None if damaged else verify_folder(path, groups=groups)
+    if problem is not None:
+        raise refusal(path, problem)
+    return path

@@ -1,10 +1,11 @@
 """Checkpoints that a crash at any instant leaves loadable.
 
-`folder.py` says what one checkpoint is; this file makes them, finds them and clears them away. A save commits in this
-order, and each arrow is a point at which the process may die (`faults.py`):
+`folder.py` says what one checkpoint is; this file finds them, commits them and clears them away. A save (`saver.py`)
+goes in this order, and each arrow is a point at which a process may die (`faults.py`):
 
-    free space is enough -> temporary folder beside the checkpoints -> files, each fsynced -> manifest, fsynced
-    -> everything read back from disk -> rename -> parent fsynced -> `latest` replaced -> old checkpoints removed
+    free space is enough -> temporary folder beside the checkpoints -> tensors by every writer, each file fsynced
+    -> the other files, manifest last, fsynced -> everything read back from disk -> rename -> parent fsynced
+    -> `latest` replaced -> old checkpoints removed
 
 Nothing is ever written into a committed folder. `latest` is for people and scripts; loading looks at the folders
 themselves, because a process may die between the rename and the pointer.
@@ -12,39 +13,25 @@ themselves, because a process may die between the rename and the pointer.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from braid.kernels.errors import BraidError, CheckpointError
+from braid.parallel.data_parallel import World
 from braid.pretrain.checkpoint.faults import fault_point
-from braid.pretrain.checkpoint.files import (
-    RunLock,
-    file_chunks,
-    fsync_folder,
-    safetensors_chunks,
-    write_atomically,
-    write_file,
-)
-from braid.pretrain.checkpoint.folder import (
-    FORMAT,
-    MANIFEST,
-    STATE,
-    Checkpoint,
-    load_checkpoint,
-    render_manifest,
-    verify_folder,
-)
+from braid.pretrain.checkpoint.files import RunLock, fsync_folder, write_atomically
+from braid.pretrain.checkpoint.folder import verify_folder
+from braid.pretrain.checkpoint.writing import Written, seal_folder
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
+ALONE = World.single()
 POINTER = "latest"
+UNSEEN = "there is no such folder"
 SPACE_MARGIN = 16 * 2**20
 """Bytes that must stay free beside the checkpoint's own: metadata of the file system, logs written meanwhile."""
 
@@ -62,9 +49,27 @@ class SaveFailed(BraidError):
 
     def __init__(self, path: Path, needed: int, free: int, reason: str) -> None:
         self.path, self.needed, self.free = path, needed, free
-        space = f"needs {_bytes(needed)}, free {_bytes(free) if free >= 0 else 'unknown'}"
+        space = f"needs {format_bytes(needed)}, free {format_bytes(free) if free >= 0 else 'unknown'}"
         change = "free space or permissions there; earlier checkpoints are untouched"
         super().__init__(f"checkpoint {path} could not be saved", found=f"{reason} ({space})", change=change)
+        self._reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SaveFailed, (self.path, self.needed, self.free, self._reason)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A checkpoint that is being written; `needed` and `free` are bytes."""
+
+    step: int
+    final: Path
+    temporary: Path
+    needed: int
+    free: int
+
+    def failed(self, reason: str) -> SaveFailed:
+        return SaveFailed(self.final, self.needed, self.free, reason)
 
 
 class CheckpointStore:
@@ -84,7 +89,7 @@ class CheckpointStore:
         self.folder, self.keep = Path(folder), keep
         self.report = report or _to_stderr
         self._lock: RunLock | None = None
-        self._num_saves = 0
+        self.num_saves = 0  # begun by this process
         # What full verification found, so that a purge hashes each older checkpoint once per process, not per save.
         self._problems: dict[int, str | None] = {}
 
@@ -136,121 +141,106 @@ class CheckpointStore:
         self._problems[step] = problem = verify_folder(self._path(step), step=step)
         return problem
 
-    def latest_valid(self, report: Report | None = None) -> tuple[int, Path] | None:
-        """Step and folder of the newest checkpoint that verifies; says which newer ones do not, and why."""
-        for step in reversed(self.steps()):
-            problem = self.verify(step)
-            if problem is None:
-                return step, self._path(step)
-            (report or self.report)(f"checkpoint {self._path(step)} is damaged and was passed over: {problem}")
-        return None
+    def latest_valid(
+        self, report: Report | None = None, *, groups: Collection[str] | None = None, world: World = ALONE
+    ) -> tuple[int, Path] | None:
+        """Step and folder of the newest checkpoint that verifies; says which newer ones do not, and why. Collective
+        over the ranks of `world`, which share the work and get the same answer.
 
-    def load(self, path: Path, groups: Collection[str] | None = None) -> Checkpoint:
-        """See `load_checkpoint`."""
-        return load_checkpoint(path, groups)
+        groups: the groups whose tensors matter; None is all of them.
+
+        Raises:
+            CheckpointError: a rank does not see what rank 0 sees.
+        """
+        for step in reversed(world.broadcast_object(self.steps())):
+            path = self._path(step)
+            share = (world.rank, world.size)
+            here = verify_folder(path, step=step, groups=groups, share=share) if path.is_dir() else UNSEEN
+            problems = world.all_gather_object(here)
+            _check_seen(path, problems)
+            problem = next(filter(None, problems), None)
+            if groups is None:
+                self._problems[step] = problem
+            if problem is None:
+                return step, path
+            if world.rank == 0:
+                (report or self.report)(f"checkpoint {path} is damaged and was passed over: {problem}")
+        return None
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
-    def save(
-        self,
-        step: int,
-        groups: Mapping[str, Mapping[str, Tensor]],
-        state: dict[str, Any],
-        files: Mapping[str, bytes | Path] | None = None,
-    ) -> Path:
-        """Commit a checkpoint and remove the ones it makes superfluous. A step already saved and valid is left alone.
+    def begin(self, step: int, num_bytes: int) -> Attempt | None:
+        """Make the temporary folder of a checkpoint of so many bytes. None where the step is saved already and valid:
+        such a checkpoint is left alone.
 
-        Args:
-            groups: group -> name -> tensor (any device; full logical tensors); `<group>.safetensors` each.
-            state: what JSON gives back as it was (string keys, lists).
-            files: relative name -> content, or a file to copy.
+        Raises:
+            SaveFailed: no space, no permission, an I/O error.
+        """
+        assert self._lock is not None, "enter the store before saving: `with store:`"
+        final = self._path(step)
+        if final.exists() and self.verify(step) is None:
+            self.report(f"checkpoint {final} exists and is valid: not written again")
+            self._point_to(final)
+            return None
+        temporary = self.folder / f".tmp-{final.name}-{os.getpid()}"
+        attempt = Attempt(step, final, temporary, num_bytes + SPACE_MARGIN, -1)
+        try:
+            self.folder.mkdir(exist_ok=True)
+            attempt = replace(attempt, free=shutil.disk_usage(self.folder).free)
+            if attempt.free < attempt.needed:
+                raise attempt.failed("too little space")
+            temporary.mkdir()
+        except OSError as error:
+            raise attempt.failed(str(error)) from error
+        return attempt
+
+    def commit(
+        self, attempt: Attempt, by_writers: Sequence[Written], state: str, files: Mapping[str, bytes | Path]
+    ) -> Path:
+        """Finish the folder in which all writers have written, this process as the first of them; put it in its place
+        and remove the checkpoints it makes superfluous. What the other writers wrote they have read back themselves.
 
         Returns:
             the checkpoint's folder.
 
         Raises:
-            SaveFailed: no space, no permission, an I/O error, or what was written reads back differently.
+            SaveFailed: an I/O error, or what was written reads back differently; the temporary folder is gone.
         """
-        assert self._lock is not None, "enter the store before saving: `with store:`"
-        files = files or {}
-        text = json.dumps(state, indent=1)
-        assert json.loads(text) == state or "NaN" in text, "state must survive JSON: string keys, lists, no tuples"
-        final = self._path(step)
-        if final.exists() and self.verify(step) is None:
-            self.report(f"checkpoint {final} exists and is valid: not written again")
-            self._point_to(final)
-            return final
-        self._num_saves += 1
-        needed = len(text) + SPACE_MARGIN
-        needed += sum(t.numel() * t.element_size() for tensors in groups.values() for t in tensors.values())
-        temporary = self.folder / f".tmp-{final.name}-{os.getpid()}"
-        free, committed = -1, False
+        committed = False
         try:
-            needed += sum(len(f) if isinstance(f, bytes) else f.stat().st_size for f in files.values())
-            self.folder.mkdir(exist_ok=True)
-            free = shutil.disk_usage(self.folder).free
-            if free < needed:
-                raise SaveFailed(final, needed, free, "too little space")
-            self._write(temporary, step, groups, text.encode(), files)
-            problem = verify_folder(temporary, step=step, from_disk=True)
+            seal_folder(attempt.temporary, attempt.step, by_writers, state, files, self.fault)
+            trusted = {name for written in by_writers[1:] for name in written.files}
+            problem = verify_folder(attempt.temporary, step=attempt.step, from_disk=True, trusted=trusted)
             if problem:
-                raise SaveFailed(final, needed, free, f"what was written reads back differently: {problem}")
-            self._fault("before_rename")
-            self._move_aside(final)
-            os.rename(temporary, final)
+                raise attempt.failed(f"what was written reads back differently: {problem}")
+            self.fault("before_rename")
+            self._move_aside(attempt.final)
+            os.rename(attempt.temporary, attempt.final)
             committed = True
-            self._fault("after_rename")
+            self.fault("after_rename")
             fsync_folder(self.folder)
         except OSError as error:
-            raise SaveFailed(final, needed, free, str(error)) from error
+            raise attempt.failed(str(error)) from error
         finally:
             if not committed:
-                shutil.rmtree(temporary, ignore_errors=True)
-        self._problems[step] = None
-        self._point_to(final)
-        self._purge(step)
-        return final
+                self.abandon(attempt)
+        self._problems[attempt.step] = None
+        self._point_to(attempt.final)
+        self._purge(attempt.step)
+        return attempt.final
 
-    def _write(
-        self,
-        folder: Path,
-        step: int,
-        groups: Mapping[str, Mapping[str, Tensor]],
-        state: bytes,
-        files: Mapping[str, bytes | Path],
-    ) -> None:
-        """Everything below `folder`, manifest last, all of it durable."""
-        folder.mkdir()
-        self._fault("before_write")
-        written: dict[str, dict[str, Any]] = {}
+    def abandon(self, attempt: Attempt) -> None:
+        """Remove what was written of a checkpoint that will not be."""
+        shutil.rmtree(attempt.temporary, ignore_errors=True)
 
-        def write(name: str, chunks: Iterator[bytes | memoryview]) -> None:
-            parts = PurePosixPath(name).parts
-            assert parts and ".." not in parts and not name.startswith("/"), f"{name}: not a name below the checkpoint"
-            assert name not in written and name != MANIFEST, f"{name}: taken"
-            path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            size, digest = write_file(path, chunks)
-            written[name] = {"size": size, "xxh3_128": digest}
-
-        for group, tensors in groups.items():
-            write(f"{group}.safetensors", safetensors_chunks(tensors, lambda: self._fault("during_tensors")))
-        self._fault("after_tensors")
-        write(STATE, iter([state]))
-        for name, content in files.items():
-            write(name, iter([content]) if isinstance(content, bytes) else file_chunks(content))
-        for subfolder in {parent for name in written for parent in Path(name).parents}:
-            fsync_folder(folder / subfolder)
-        self._fault("before_manifest")
-        manifest = {"format": FORMAT, "step": step, "groups": list(groups), "files": written}
-        write_file(folder / MANIFEST, iter([render_manifest(manifest)]))
-        fsync_folder(folder)
-        self._fault("after_manifest")
+    def fault(self, phase: str) -> None:
+        """Die here if a test asks for it."""
+        fault_point(phase, self.num_saves)
 
     def _point_to(self, final: Path) -> None:
         """Replace `latest`. The checkpoint is committed by now, so a failure is told and costs nothing."""
         try:
-            self._fault("before_pointer")
+            self.fault("before_pointer")
             write_atomically(self.folder / POINTER, f"{final.name}\n".encode())
         except OSError as error:
             self.report(f"{final} is saved, but {self.folder / POINTER} could not be updated: {error}")
@@ -274,7 +264,7 @@ class CheckpointStore:
                 if num_valid > self.keep and step != saved:
                     hidden = self.folder / f".tmp-purged-{path.name}-{os.getpid()}"
                     os.rename(path, hidden)  # out of sight first: half a folder must not look like a damaged checkpoint
-                    self._fault("during_purge")
+                    self.fault("during_purge")
                     self._remove(hidden)
         except OSError as error:
             self.report(f"old checkpoints in {self.folder} could not all be removed: {error}")
@@ -301,11 +291,19 @@ class CheckpointStore:
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
-    def _fault(self, phase: str) -> None:
-        fault_point(phase, self._num_saves)
+
+def _check_seen(path: Path, problems: Sequence[str | None]) -> None:
+    blind = [rank for rank, problem in enumerate(problems) if problem == UNSEEN]
+    if blind:
+        raise CheckpointError(
+            f"not every rank sees the checkpoint {path}",
+            found=f"it is not there for rank {', '.join(map(str, blind))}",
+            change="put run.dir on a file system that all machines of the run share, under the same path",
+        )
 
 
-def _bytes(number: int) -> str:
+def format_bytes(number: int) -> str:
+    """For people."""
     return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
 
 

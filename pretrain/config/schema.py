@@ -140,6 +140,9 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 saves at the end (and on a signal) only."""
     keep: int = 2
     """Newest checkpoints kept; older ones are removed once a newer one is verified. 0 keeps all."""
+    asynchronous: bool = True
+    """Train on while a checkpoint is written. It costs host memory: each rank's part of weights, moments and averages
+    once more, 16 bytes a parameter with AdamW; a save that does not fit is made while training waits."""
     resume: str = "auto"
     """`auto` (go on from the newest valid checkpoint of this run, if any) or `never` (refuse to reuse the folder)."""
 

@@ -8,6 +8,7 @@ samples consumed.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,8 +28,11 @@ from braid.parallel.layers import whole_shape
 from braid.parallel.mesh import Mesh
 from braid.parallel.pipeline import Schedule, counts_here
 from braid.pretrain.checkpoint.files import write_atomically
-from braid.pretrain.checkpoint.snapshot import Snapshot, checkpoint_files, restore, take, tensors_to_save
-from braid.pretrain.checkpoint.store import CheckpointStore, SaveFailed
+from braid.pretrain.checkpoint.folder import open_checkpoint
+from braid.pretrain.checkpoint.layout import build_layout
+from braid.pretrain.checkpoint.saver import Saver
+from braid.pretrain.checkpoint.snapshot import checkpoint_files, describe, restore, tensors_to_save
+from braid.pretrain.checkpoint.store import CheckpointStore
 from braid.pretrain.config.load import dump_config
 from braid.pretrain.config.schema import Config
 from braid.pretrain.evaluation.bound import evaluate_rows
@@ -113,6 +117,7 @@ class Trainer:
         self.objective = build_objective(config, self.tokenizer, encoder, self.device, **divided)
         if config.accelerators.linears == "transformer-engine":
             use_fp8(self.objective.network)
+        self.layout = build_layout(self.objective, mesh)  # before an engine may divide the parameters
         self.engine = build_engine(config, self.objective, mesh)
         schedule = Schedule(stage, config.parallel, config.model.width) if stage.divided else None
         self.gradients = Gradients(self.objective, self.engine, config.run.precision, schedule)
@@ -131,6 +136,7 @@ class Trainer:
         self.interval = Interval()
         self.failed_saves, self.saved_step = 0, -1
         self.checkpoint_files = checkpoint_files(config, self.tokenizer)
+        self.saver = Saver(store, mesh, asynchronous=config.checkpoint.asynchronous, report=self.say)
         state = self._resume()
         self.objective.begin_step(self.step, training.steps)
         if world.rank == 0:  # not before the checkpoint was found to fit: the file describes what is there
@@ -179,8 +185,10 @@ class Trainer:
                         self._sample()
                     if self._due(config.checkpoint.every):
                         self._save(last=self.step == config.training.steps)
+                self._settle(wait=False)
                 reason = stop.poll(self.world)
                 if reason and self.step < config.training.steps:
+                    self._settle(wait=True)
                     if self.saved_step != self.step:
                         self._save(last=True)
                     raise Preempted(
@@ -334,48 +342,52 @@ class Trainer:
     # -- checkpoints -------------------------------------------------------------------------------------------
 
     def _save(self, *, last: bool) -> None:
-        """Commit a checkpoint. A failed save is reported and training goes on, unless nothing later could save."""
-        problem = None
-        groups = tensors_to_save(self.objective, self.engine, self.ema, self.mesh)
+        """Begin a checkpoint and, unless it is asynchronous and not the `last`, see it committed."""
+        self._settle(wait=True)
+        state = {
+            "interval": vars(self.interval),
+            "metrics_offset": self.metrics.offset,
+            "seconds": self.meter.elapsed,
+            "loader": self.loader.state_dict(),
+        }
+        state = describe(self.config, self.step, self.objective, state, self.tokenizer, self.world.size)
+        tensors = tensors_to_save(self.objective, self.engine, self.ema, self.layout)
+        self.saver.start(self.step, tensors, state, self.checkpoint_files)
         if self.world.rank == 0:
-            state = {
-                "interval": vars(self.interval),
-                "metrics_offset": self.metrics.offset,
-                "seconds": self.meter.elapsed,
-                "loader": self.loader.state_dict(),
-            }
-            snapshot = take(self.config, self.step, self.objective, groups, state, self.tokenizer)
-            try:
-                self.store.save(self.step, snapshot.groups, snapshot.state, self.checkpoint_files)
-            except SaveFailed as error:
-                problem = str(error)
             try:
                 self._write_schedule()
             except OSError as error:
                 self.say(f"warning: {self.run_dir / 'schedule.json'} could not be written, training goes on: {error}")
-        problem = self.world.broadcast_object(problem)
-        if problem is None:
-            self.failed_saves, self.saved_step = 0, self.step
+        self._settle(wait=last or not self.saver.asynchronous, last=last)
+
+    def _settle(self, *, wait: bool, last: bool = False) -> None:
+        """See how the save in flight has ended. One that failed is reported and training goes on, unless nothing later
+        could save."""
+        ended = self.saver.settle(wait=wait)
+        if ended is None:
+            return
+        if ended.problem is None:
+            self.failed_saves, self.saved_step = 0, ended.step
             return
         self.failed_saves += 1
         if last or self.failed_saves >= MAX_FAILED_SAVES:
             raise TrainingFailed(
-                f"no checkpoint could be saved at step {self.step} ({self.failed_saves} in a row)",
-                found=problem,
+                f"no checkpoint could be saved at step {ended.step} ({self.failed_saves} in a row)",
+                found=str(ended.problem),
                 change="free space or choose another run.dir; the last valid checkpoint is intact, resume from it",
             )
-        self.say(f"warning: the checkpoint of step {self.step} could not be saved; training goes on\n{problem}")
+        self.say(f"warning: the checkpoint of step {ended.step} could not be saved; training goes on\n{ended.problem}")
 
     def _resume(self) -> dict[str, Any]:
         """Continue from the newest valid checkpoint, if there is one. Returns its state, or {}.
 
-        Rank 0 chooses, so that all ranks continue from the same one. Checkpoints of which none is valid are an error:
-        a run that silently began again would overwrite what is left of the first one.
+        All ranks continue from the same one, and each reads what it holds of it. Checkpoints of which none is valid are
+        an error: a run that silently began again would overwrite what is left of the first one.
         """
         found, steps = None, []
-        if self.config.checkpoint.resume == "auto" and self.world.rank == 0:
-            found, steps = self.store.latest_valid(report=self.say), self.store.steps()
-        found, steps = self.world.broadcast_object((found, steps))
+        if self.config.checkpoint.resume == "auto":
+            found = self.store.latest_valid(report=self.say, world=self.world)
+            steps = self.world.broadcast_object(self.store.steps())
         if found is None and steps:
             raise CheckpointError(
                 f"none of the checkpoints in {self.store.folder} is valid",
@@ -385,16 +397,18 @@ class Trainer:
         if found is None:
             return {}
         self.step, path = found
-        snapshot = Snapshot.load(self.store, path)
-        changes = restore(snapshot, self.config, self.objective, self.engine, self.ema, self.tokenizer)
-        self.loader.load_state_dict(snapshot.state["loader"])
-        self.interval = Interval(**snapshot.state["interval"])
+        with open_checkpoint(path, check_tensors=False) as reader:  # verified above
+            changes = restore(reader, self.config, self.objective, self.engine, self.ema, self.tokenizer, self.layout)
+        self.loader.load_state_dict(reader.state["loader"])
+        self.interval = Interval(**reader.state["interval"])
         self.say(f"resumed from step {self.step} ({path})")
         for change in changes:
             self.say(f"  continuing with another setting than it was saved with: {change}")
-        return snapshot.state
+        return reader.state
 
     def close(self, *, failed: bool) -> None:
-        """Close the records; the run directory is complete."""
+        """See a save in flight through, unless a second Ctrl-C does not wait for it, and close the records; the run
+        directory is complete."""
+        self.saver.close(wait=sys.exc_info()[0] is not KeyboardInterrupt)
         self.metrics.close()
         self.wandb.close(exit_code=int(failed))

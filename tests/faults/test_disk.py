@@ -14,9 +14,10 @@ STEPS = {"training__steps": 8, "checkpoint__every": 2}
 FULL = r"\[Errno 28\] No space left on device"
 
 
-def test_training_goes_on_after_a_save_that_fails(trainers: Trainers, tmp_path: Path) -> None:
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_training_goes_on_after_a_save_that_fails(trainers: Trainers, tmp_path: Path, asynchronous: bool) -> None:
     fault = {"BRAID_FAULT": "save:after_tensors:enospc@2"}
-    done = trainers.train("tiny_ccdd", "run", env=fault, **STEPS)
+    done = trainers.train("tiny_ccdd", "run", env=fault, checkpoint__asynchronous=asynchronous, **STEPS)
     assert "warning: the checkpoint of step 4 could not be saved; training goes on" in done.out
     assert "No space left on device" in done.out and "free space or permissions" in done.out
     assert checkpoints(tmp_path / "run") == [6, 8]
@@ -39,9 +40,11 @@ def test_the_last_save_fails(trainers: Trainers, tmp_path: Path, ranks: int) -> 
     assert_same_run(tmp_path / "run", tmp_path / "straight")
 
 
-def test_a_limit_on_the_size_of_files(trainers: Trainers, tmp_path: Path) -> None:
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_limit_on_the_size_of_files(trainers: Trainers, tmp_path: Path, asynchronous: bool) -> None:
     """Every save fails from the first on: after three in a row the run ends. What it wrote is readable."""
-    process = trainers.start("tiny_mdlm", "run", training__steps=100, checkpoint__every=2)
+    options = {"training__steps": 100, "checkpoint__every": 2, "checkpoint__asynchronous": asynchronous}
+    process = trainers.start("tiny_mdlm", "run", **options)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (40_000, 40_000))
     assert_refused(process, 4, r"no checkpoint could be saved at step 6 \(3 in a row\)", "File too large",
                    run_dir=tmp_path / "run")  # fmt: skip

@@ -26,6 +26,7 @@ from braid.pretrain.checkpoint.faults import PHASES
 from braid.pretrain.checkpoint.store import CheckpointStore
 from braid.pretrain.training.outcome import read_outcome
 
+MODES = ["asynchronous", "synchronous"]
 OFTEN = {"checkpoint__every": 3, "training__validate_every": 10}
 
 
@@ -45,11 +46,11 @@ def kill_at_random(process: Process, run_dir: Path, steps: int, draw: random.Ran
     process.signal(signal.SIGKILL)
 
 
-def train_under_fire(trainers: Trainers, recipe: str, run: str, *, kills: int, steps: int, seed: int) -> None:
-    """Train `steps` steps through `kills` kills, every other one at a phase of a save."""
+def train_under_fire(trainers: Trainers, recipe: str, run: str, *, kills: int, seed: int, **options: object) -> None:
+    """Train through `kills` kills, every other one at a phase of a save."""
+    steps = options["training__steps"]
     draw, folder = random.Random(seed), trainers.folder / run
     phases = draw.sample(PHASES, len(PHASES))
-    options = {"training__steps": steps, "recorded": True, **OFTEN}
     saved = 0
     for number in range(kills):
         phase = phases[number // 2 % len(phases)] if number % 2 else None
@@ -68,9 +69,10 @@ def train_under_fire(trainers: Trainers, recipe: str, run: str, *, kills: int, s
     assert_outcome(folder, 0)
 
 
-def compare_with_undisturbed(trainers: Trainers, recipe: str, *, kills: int, steps: int, seed: int) -> None:
-    trainers.train(recipe, "straight", training__steps=steps, recorded=True, **OFTEN)
-    train_under_fire(trainers, recipe, "shot", kills=kills, steps=steps, seed=seed)
+def compare_with_undisturbed(trainers: Trainers, recipe: str, mode: str, *, kills: int, steps: int, seed: int) -> None:
+    options = {"training__steps": steps, "recorded": True, "checkpoint__asynchronous": mode == "asynchronous", **OFTEN}
+    trainers.train(recipe, "straight", **options)
+    train_under_fire(trainers, recipe, "shot", kills=kills, seed=seed, **options)
     straight, shot = trainers.folder / "straight", trainers.folder / "shot"
     assert_same_run(shot, straight)
     assert steps_of(shot) == list(range(4, steps + 1, 4))
@@ -80,13 +82,26 @@ def compare_with_undisturbed(trainers: Trainers, recipe: str, *, kills: int, ste
     assert len(recorded(shot)) > len(recorded(straight)), "no step was ever repeated: nothing was tested"
 
 
-def test_a_joint_model_killed_again_and_again(trainers: Trainers) -> None:
-    compare_with_undisturbed(trainers, "tiny_ccdd", kills=6, steps=60, seed=1)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_joint_model_killed_again_and_again(trainers: Trainers, mode: str) -> None:
+    compare_with_undisturbed(trainers, "tiny_ccdd", mode, kills=6, steps=60, seed=1)
 
 
+@pytest.mark.parametrize("mode", ["asynchronous", pytest.param("synchronous", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("recipe", ["tiny_mdlm", pytest.param("tiny_ccdd", marks=pytest.mark.slow)])
-def test_two_hundred_steps_and_twenty_kills(trainers: Trainers, recipe: str) -> None:
-    compare_with_undisturbed(trainers, recipe, kills=20, steps=200, seed=2)
+def test_two_hundred_steps_and_twenty_kills(trainers: Trainers, recipe: str, mode: str) -> None:
+    compare_with_undisturbed(trainers, recipe, mode, kills=20, steps=200, seed=2)
+
+
+@pytest.mark.parametrize("phase", ["during_tensors", "after_manifest", "before_rename", "after_rename"])
+def test_killed_at_a_phase_of_a_save_while_training_goes_on(trainers: Trainers, tmp_path: Path, phase: str) -> None:
+    options = {"training__steps": 12, "checkpoint__every": 3, "checkpoint__asynchronous": True}
+    trainers.train("tiny_ccdd", "straight", **options)
+    fault = {"BRAID_FAULT": f"save:{phase}:kill@2"}
+    trainers.train("tiny_ccdd", "shot", env=fault, code=-signal.SIGKILL, **options)
+    assert checkpoints(tmp_path / "shot") == ([3, 6] if phase == "after_rename" else [3])
+    trainers.train("tiny_ccdd", "shot", **options)
+    assert_same_run(tmp_path / "shot", tmp_path / "straight")
 
 
 def test_a_rank_killed_ends_its_peers_and_the_run_goes_on_bit_for_bit(trainers: Trainers, tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ def talk(world: World) -> tuple:
     flags = [world.any(world.rank == lifted) for lifted in (*range(world.size), -1)]
     config = world.broadcast_object({"dir": "run", "rank": world.rank})
     last = world.broadcast_object(world.rank, source=world.size - 1)
+    assert world.all_gather_object((world.rank, "x")) == [(rank, "x") for rank in range(world.size)]
     total = world.all_reduce_sum(torch.tensor([1.0, 2.0**world.rank], dtype=torch.float64))
     return (world.rank, world.size, world.local_rank, str(world.device), flags, config, last, total.tolist())
 

@@ -141,6 +141,7 @@ def test_nccl_world_of_one(monkeypatch) -> None:
     try:
         assert world.device == torch.device("cuda", 0) and world.grouped
         assert world.any(True) and not world.any(False) and world.broadcast_object({"a": 1}) == {"a": 1}
+        assert world.all_gather_object({"a": 1}) == [{"a": 1}]
         parameters = [nn.Parameter(torch.zeros(5, device=world.device)) for _ in range(2)]
         parameters[0].grad = torch.arange(5.0, device=world.device)
         reduce_gradients(parameters, world)

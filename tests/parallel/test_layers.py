@@ -40,6 +40,8 @@ def test_pieces_of_all_processes_are_the_whole(data):
     assert len({piece.shape for piece in cut}) == 1, "all have the same shape"
     assert cut[0].shape[dim] == parts * -(-per_part // size)
     assert all(torch.equal(shard.join(cut), full) for shard in shards)
+    assert all(torch.equal(shard.pad(shard.trim(piece)), piece) for shard, piece in zip(shards, cut, strict=True))
+    assert sum(shard.trim(piece).numel() for shard, piece in zip(shards, cut, strict=True)) == full.numel()
     # What is not of the whole is zero: every element is in one piece once.
     assert sum(int(piece.sum()) for piece in cut) == int(full.sum())
     assert sum(int((piece == 0).sum()) for piece in cut) == sum(piece.numel() for piece in cut) - full.numel()

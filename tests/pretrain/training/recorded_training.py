@@ -21,7 +21,9 @@ import torch
 
 from braid.data_pipeline.loader import Batch
 from braid.parallel import engine, megatron_engine
-from braid.pretrain.checkpoint.layout import gather_stages, gather_tensors, shards_of
+from braid.parallel.layers import gather_whole
+from braid.parallel.pipeline import counts_here
+from braid.pretrain.checkpoint.layout import shards_of
 from braid.pretrain.checkpoint.store import CheckpointStore
 from braid.pretrain.command import run
 from braid.pretrain.exits import run_and_report
@@ -48,10 +50,10 @@ class RecordedTrainer(loop.Trainer):
             self._save_in(CheckpointStore(RESAVED))
 
     def _save_in(self, store: CheckpointStore) -> None:
-        own, self.store = self.store, store
+        own, self.saver.store = self.saver.store, store
         with store if self.world.rank == 0 else nullcontext():
             self._save(last=True)
-        self.store = own
+        self.saver.store = own
 
     def corrupt(self, batch, noise):
         noise = RecordedNoise(**vars(noise))
@@ -72,9 +74,15 @@ class RecordedTrainer(loop.Trainer):
 
     def gradient_norm(self, held, tensor, *axes):
         if GRADIENTS:
-            gradients = dict(self.engine.named([weight.grad for weight in held]))
-            whole = gather_tensors(gradients, shards_of(self.objective), tensor)
-            whole = gather_stages({"": whole}, self.objective, self.mesh.pipeline)[""]
+            shards, whole = shards_of(self.objective), {}
+            here = {name for name, p in self.objective.named_parameters() if counts_here(p, self.mesh.pipeline)}
+            for name, gradient in self.engine.named([weight.grad for weight in held]):
+                gradient = gather_whole(gradient, shards[name], tensor) if name in shards else gradient
+                if name in here:
+                    whole[name] = gradient
+            if self.mesh.tensor.rank == self.mesh.reduction.rank == 0 and self.mesh.pipeline.grouped:
+                stages = self.mesh.pipeline.gather_object(whole)
+                whole = {name: gradient for stage in stages or [] for name, gradient in stage.items()}
             if self.world.rank == 0:
                 torch.save(
                     {name: gradient.clone() for name, gradient in whole.items()}, GRADIENTS / f"{self.step + 1}.pt"

@@ -173,13 +173,14 @@ class Trainers:
         return self.python(*([RECORDED, f"{run}.record"] if recorded else ["-m", "braid.pretrain"]), *words, env=env)
 
     def start_ranks(self, size: int, recipe: str, run: str, *, env: dict[str, str] | None = None,
-                    **options: Any) -> list[Process]:  # fmt: skip
-        """The same on `size` ranks, as torchrun would start them."""
+                    env_of: dict[int, dict[str, str]] | None = None, **options: Any) -> list[Process]:  # fmt: skip
+        """The same on `size` ranks, as torchrun would start them. `env_of`: more of some ranks' environment."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         peers = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        ranks = [peers | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | (env or {}) for rank in range(size)]
+        own = [(env or {}) | (env_of or {}).get(rank, {}) for rank in range(size)]
+        ranks = [peers | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | own[rank] for rank in range(size)]
         return [self.start(recipe, run, env=environment, **options) for environment in ranks]
 
     def train(self, recipe: str, run: str, *, code: int = 0, ranks: int = 1, **options: Any) -> Process:
