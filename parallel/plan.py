@@ -197,19 +197,15 @@ def _context(plan: ParallelConfig, facts: PlanFacts, world: int) -> Told:
 
 
 def _pieces(plan: ParallelConfig, facts: PlanFacts, world: int) -> Told:
+    if facts.routed and plan.pipeline > 1:
+        message = "the loss that balances the experts is of all blocks, and a pipeline hands on nothing but the state"
+        return message, f"parallel.pipeline = {plan.pipeline}"
     if facts.num_units >= plan.pipeline:
         return None
     message = "every process of the pipeline needs a block"
     if facts.alternates:
         message = "every process of the pipeline needs a pair of blocks: two kinds alternate, which stay together"
     return message, _quotient(_units(facts), facts.num_units, f"pipeline {plan.pipeline}", plan.pipeline)
-
-
-def _experts(plan: ParallelConfig, facts: PlanFacts, world: int) -> Told:
-    if not facts.routed or plan.pipeline == 1:
-        return None
-    message = "the loss that balances the experts is of all blocks together, and the pipeline hands on the states alone"
-    return message, f"parallel.pipeline = {plan.pipeline}"
 
 
 def _sequence(plan: ParallelConfig, facts: PlanFacts, world: int) -> Told:
@@ -332,7 +328,6 @@ RULES: dict[str, tuple[_Rule, ...]] = {
         _Rule(("tensor",), _mlp),
         _Rule(("context",), _context),
         _Rule(("pipeline",), _pieces),
-        _Rule(("pipeline",), _experts),
     ),
     "sequence": (_Rule(("sequence", "tensor"), _sequence),),
     "attention": (_Rule(("context", "context_by"), _attention),),

@@ -10,7 +10,7 @@
 An objective owns its network as `network` and uses its logits by `vocabulary`, for they may be divided among processes.
 So may sequences be, while the network is trained: a loss that is no sum over positions uses `context`.
 Where the network is in pieces on several processes (parallel/pipeline.py), all of them corrupt alike, a call of the
-network gives hidden states unless `network.stage.at_end`, and `loss` is called on the process with the heads alone.
+network gives hidden states unless `stage.at_end`, and `loss` is called on the process with the heads alone.
 Shapes: B sequences, L positions, D latent dimensions, V vocabulary.
 """
 
@@ -205,7 +205,7 @@ class Objective(nn.Module):
     def __init__(self, config: Any, network: Network, *, mask_id: int, bos_id: int, eos_id: int) -> None:
         super().__init__()
         self.config, self.network, self.vocabulary = config, network, network.vocabulary
-        self.context = network.region.context
+        self.context, self.stage = network.region.context, network.stage
         self.mask_id, self.bos_id, self.eos_id = mask_id, bos_id, eos_id
 
     def begin_step(self, step: int, total_steps: int) -> None:

@@ -177,7 +177,7 @@ class ELF(Objective):
         first, second = corrupted.estimates
         shown = torch.where(corrupted.self_conditioned[:, None, None], first, self._given(corrupted))
         output = self._call(corrupted, shown.masked_fill(corrupted.decode[:, None, None], 0.0))
-        if not self.network.stage.at_end:
+        if not self.stage.at_end:
             return output
         strength = (corrupted.self_conditioned * (1 - 1 / corrupted.guidance)).float()[:, None, None]
         target = guided_target(corrupted.clean, first, second, strength)
@@ -205,7 +205,7 @@ class ELF(Objective):
 
     def _estimate(self, corrupted: FlowCorrupted, shown: Tensor) -> Tensor:
         output = self._call(corrupted, shown, heads=("denoise",))
-        return output.latents if self.network.stage.at_end else output
+        return output.latents if self.stage.at_end else output
 
     def _given(self, corrupted: FlowCorrupted) -> Tensor:
         """What is shown before there is an estimate: the condition's latents, 0 elsewhere."""

@@ -145,7 +145,7 @@ class RePlaid(Objective):
         """Noise at `times` [B]. What the rows of `frozen` [B] get from schedule and embeddings carries no gradient."""
         length = batch.tokens.shape[1]
         # In a pipeline several processes have a part of this gradient, and one the losses that reweight it.
-        interior = Interior(self.schedule.normalised(times), waits=self.network.stage.divided)
+        interior = Interior(self.schedule.normalised(times), waits=self.stage.divided)
         g, g_rate = interior.values
         gamma = _constant_where(frozen, self.schedule.gamma(torch.where(times > 0, g, 0.0)))
         table = self.network.embedding()
@@ -180,7 +180,7 @@ class RePlaid(Objective):
 
     def _first_estimates(self, corrupted: RePlaidCorrupted) -> Tensor:
         logits = self.call(corrupted, corrupted.first_pass)
-        if not self.network.stage.at_end:
+        if not self.stage.at_end:
             return logits
         constant, probabilities = corrupted.self_conditioned[corrupted.first_pass], self.vocabulary.softmax(logits)
         found = self.vocabulary.sum(mean_embedding(probabilities, corrupted.embeddings, constant))
@@ -213,7 +213,7 @@ class RePlaid(Objective):
         inputs = torch.where(given[..., None], z.shape[-1] ** 0.5 * z, scale * z)
         level = gamma if self.config.time_input == "gamma" else times
         logits = self.network(inputs, estimates, level, dropout if self.training else None)
-        if not self.network.stage.at_end:
+        if not self.stage.at_end:
             return logits
         if self.output_prior_strength > 0:
             slope = self.output_prior_strength * process.likelihood_slope(gamma)

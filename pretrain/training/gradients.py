@@ -53,7 +53,7 @@ class Gradients:
     def _through_pipeline(self, micro_batches: Sequence[MicroBatch], count: Tensor, sums: StepSums) -> None:
         """Every process corrupts every micro-batch for itself: before its first piece, or before all passes without
         gradient where there are any."""
-        objective, stage = self.objective, self.objective.network.stage
+        objective, stage = self.objective, self.objective.stage
         last = len(stage.pieces) - 1
         held = self._after_passes(micro_batches)
         cuts: list[list[tuple[Tensor, Tensor]]] = []

@@ -77,7 +77,7 @@ def step(
         schedule.config.deallocate_pipeline_outputs = True
     count = sum(objective.num_scored(*piece) for piece in pieces)
     sums = Gradients(objective, engine, precision, schedule).add_up(pieces, count)
-    sums.reduce(mesh.reduction, mesh.pipeline)
+    sums.reduce(mesh.reduction, mesh.data, mesh.pipeline)
     sum_partial_gradients(engine.held, mesh.tensor)
     sum_replicated_gradients(engine.held, mesh.pipeline)
     gradients = {
@@ -88,7 +88,7 @@ def step(
     held = set(gradients)
     gradients = gather_tensors(gradients, shards_of(objective), mesh.tensor)
     gradients = gather_stages({"": gradients}, objective, mesh.pipeline)[""]
-    norm = gradient_norm(engine.held, mesh.tensor, mesh.pipeline).item()
+    norm = gradient_norm(engine.held, mesh.tensor, None, mesh.pipeline).item()
     first = mesh.world.rank == 0
     counts = parameter_counts(network)
     return Result(sums.total, sums.term_sums, norm, sums.statistics, gradients if first else {}, held, counts)
