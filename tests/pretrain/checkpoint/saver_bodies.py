@@ -88,6 +88,7 @@ def resave(world: World, words: list[str], aside: Path) -> int:
     world.barrier()
     trainer = Trainer(config, mesh, store)
     assert trainer.step > 0
+    world.barrier()  # all have read it
     if world.rank == 0:
         os.rename(store.path(trainer.step), aside)
     world.barrier()
