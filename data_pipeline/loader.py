@@ -13,8 +13,8 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -191,13 +191,22 @@ def validation_batches(
 
     Neighbouring rows come from one document, so the first rows would be a few documents and not the split. Row i has
     ordinal i. Over the ranks every chosen row comes exactly once, except rows of damaged shards where the corpus skips
-    those; the last batch may be short, and ranks may differ by one in their number of batches.
+    those; the last batch may be short. All ranks have the same number of batches, for they may need each other to go
+    through one: what a rank lacks is made up by a row of which nothing is scored (`loss_mask` False).
     """
     chosen = spread(len(rows), num_sequences)
-    mine = chosen[data_rank * len(chosen) // data_size : (data_rank + 1) * len(chosen) // data_size]
-    kept = (i for i in mine.tolist() if not rows.is_left_out(i))
-    while indices := list(islice(kept, micro_batch_size)):
-        yield Batch.of_rows(rows, rows.read(indices), np.array(indices))
+    edges = [rank * len(chosen) // data_size for rank in range(data_size + 1)]
+    shares = [[i for i in chosen[a:b].tolist() if not rows.is_left_out(i)] for a, b in pairwise(edges)]
+    mine = shares[data_rank]
+    num_batches = max(-(-len(share) // micro_batch_size) for share in shares)
+    for first in range(0, num_batches * micro_batch_size, micro_batch_size):
+        indices = mine[first : first + micro_batch_size]
+        if indices:
+            yield Batch.of_rows(rows, rows.read(indices), np.array(indices))
+        else:
+            spare = next(share[:1] for share in shares if share)
+            batch = Batch.of_rows(rows, rows.read(spare), np.array(spare))
+            yield replace(batch, loss_mask=torch.zeros_like(batch.loss_mask))
 
 
 class _RowReader(Dataset):

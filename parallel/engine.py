@@ -6,7 +6,7 @@ the same part of the model (the mesh's `reduction` axis): what this process upda
 tensors, and everything that is kept for each of them (moments, averages) has the same shapes in the same order.
 
     PlainEngine        every process holds all of its parameters
-    DeepSpeedEngine    ZeRO stages 1 to 3, with offload
+    DeepSpeed's        ZeRO stages 0 to 3, with offload (deepspeed_engine.py)
     MegatronEngine     its DistributedDataParallel and DistributedOptimizer
 """
 
@@ -16,6 +16,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from braid.parallel.data_parallel import reduce_gradients
 from braid.parallel.layers import sum_partial_gradients
 from braid.parallel.mesh import Axis, Mesh
 from braid.parallel.pipeline import counts_here, sum_replicated_gradients
+
+T = TypeVar("T")
 
 
 class NotFinite(Exception):
@@ -41,10 +44,19 @@ class Engine(ABC):
     """Float32 weights that this process updates; all ranks of the reduction axis together hold every weight of their
     stage of the pipeline that is trained at least once."""
 
+    def forward(self, compute: Callable[[], T]) -> T:
+        """What `compute` returns; of a dataclass, its fields can be differentiated.
+
+        Whoever reads the module's weights does so in here: an engine may divide them among the ranks of the reduction
+        axis, which then gather together and must do the same, in one order.
+        """
+        return compute()
+
     @abstractmethod
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """The gradient of one micro-batch: after the last of a step, the sum over micro-batches and over the reduction
-        axis is the gradient of the step. With `last`, its reduction may begin beside the backward pass."""
+        """The gradient of one micro-batch, whose loss comes from `forward`: after the last of a step, the sum over
+        micro-batches and over the reduction axis is the gradient of the step. With `last`, its reduction may begin
+        beside the backward pass."""
 
     @abstractmethod
     def step(self, clip_norm: float) -> Tensor:

@@ -100,7 +100,8 @@ class Shard:
 
 def whole_shape(parameter: Tensor) -> torch.Size:
     """Shape of the parameter's whole tensor."""
-    shape, shard = list(parameter.shape), getattr(parameter, "shard", None)
+    # Between uses DeepSpeed's ZeRO 3 leaves a parameter empty, and keeps its shape.
+    shape, shard = list(getattr(parameter, "ds_shape", parameter.shape)), getattr(parameter, "shard", None)
     if shard is not None:
         shape[shard.dim] = shard.length
     return torch.Size(shape)

@@ -44,7 +44,8 @@ class ParallelConfig:
     zero: int = 0
     """DeepSpeed's ZeRO stage: what the data axis divides. 1 optimizer state, 2 also gradients, 3 also weights."""
     offload: str = "none"
-    """Where ZeRO keeps optimizer state (and, at stage 3, weights) between uses: `none`, `cpu` or `nvme`."""
+    """Where ZeRO keeps optimizer state between uses: `none`, `cpu` or, at stage 3, `nvme`. At stage 3 weights are then
+    on the CPU between uses too."""
     offload_dir: str = ""
     """Folder on a fast local disk, for `offload=nvme`."""
     overlap: bool = True
@@ -305,9 +306,12 @@ def _flattened(plan: ParallelConfig, facts: PlanFacts, world: int) -> Told:
 
 
 def _offload(plan: ParallelConfig, facts: PlanFacts, world: int) -> Told:
+    given = f"parallel.offload = {plan.offload!r}, parallel.zero = {plan.zero}"
+    if plan.offload == "nvme" and 0 < plan.zero < 3:
+        return "DeepSpeed writes to a disk at stage 3 alone; below it the state would stay on the CPU", given
     if plan.offload == "none" or plan.zero:
         return None
-    return "parallel.offload moves what ZeRO divides", f"parallel.offload = {plan.offload!r}, parallel.zero = 0"
+    return "parallel.offload moves what ZeRO divides", given
 
 
 def _offload_dir(plan: ParallelConfig, facts: PlanFacts, world: int) -> Told:

@@ -46,8 +46,9 @@ class Schedule(nn.Module):
         super().__init__()
         assert kind in ("learned", "frozen", "linear"), kind
         assert gamma_0 < gamma_1, "noise grows with time"
-        self.gamma_0 = nn.Parameter(torch.tensor(gamma_0, dtype=torch.float32))
-        self.gamma_1 = nn.Parameter(torch.tensor(gamma_1, dtype=torch.float32))
+        # One element each: DeepSpeed cannot divide what has no dimension.
+        self.gamma_0 = nn.Parameter(torch.tensor([gamma_0], dtype=torch.float32))
+        self.gamma_1 = nn.Parameter(torch.tensor([gamma_1], dtype=torch.float32))
         self.interior = None if kind == "linear" else MonotoneNetwork(seed)
         self.requires_grad_(kind == "learned")
 
@@ -58,11 +59,11 @@ class Schedule(nn.Module):
     @property
     def span(self) -> Tensor:
         """gamma_1 - gamma_0, float64: gamma'(t) = span g'(t)."""
-        return self.gamma_1.double() - self.gamma_0.double()
+        return (self.gamma_1.double() - self.gamma_0.double())[0]
 
     def gamma(self, g: Tensor) -> Tensor:
         """gamma for a normalised g in [0, 1]; float64."""
-        return self.gamma_0.double() + self.span * g
+        return self.gamma_0.double()[0] + self.span * g
 
     def forward(self, t: Tensor) -> Tensor:
         """gamma(t), float64."""

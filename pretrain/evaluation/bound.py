@@ -128,7 +128,7 @@ def evaluate_rows(
     done = 0
     for batch in validation_batches(rows, num_sequences, micro_batch_size, peers.rank, peers.size):
         batch = batch.to(device)
-        counts[batch.ordinals] = batch.loss_mask.sum(1).double()
+        counts[batch.ordinals] += batch.loss_mask.sum(1).double()
         for draw in range(draws):
             noise = Noise.evaluation(key, batch.ordinals, draw, draws)
             for name, value in objective.evaluate(batch, noise).items():

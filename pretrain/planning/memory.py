@@ -53,7 +53,7 @@ def state_bytes(plan: ParallelConfig, precision: str) -> StateBytes:
     weights; it keeps a float32 copy of its part besides.
     """
     half = precision == "bf16"
-    copies = HALF if half else 0
+    copies = HALF if half and plan.zero < 3 else 0  # the linear layers of stage 3 are DeepSpeed's, and keep none
     if plan.engine == "megatron":
         return StateBytes(HALF, (FLOAT, 0), 0, frozenset({"state"})) if half else (
             StateBytes(FLOAT, (0, 0), 0, frozenset({"state"})))  # fmt: skip

@@ -136,7 +136,7 @@ def _data(load: Load, config: Config, axis: Axis, num_micro_batches: int) -> Ite
     plan, each = config.parallel, state_bytes(config.parallel, config.run.precision)
     ring = (axis.size - 1) / axis.size
     trained = [p for p in load.parameters if p.trained]
-    hidden = plan.overlap and plan.engine != "plain"
+    hidden = plan.overlap and (plan.engine == "megatron" or plan.zero > 1)
     reduced, gathered = FLOAT * sum(p.held for p in trained) * ring, each.weights(trained) * ring
     if "state" not in each.divided:
         yield "gradients", "all-reduce", axis, 2 * reduced, hidden
@@ -144,7 +144,7 @@ def _data(load: Load, config: Config, axis: Axis, num_micro_batches: int) -> Ite
         yield "gradients", "scatter", axis, reduced, hidden
         yield "weights", "gather", axis, gathered, hidden
     elif plan.zero == 1:  # nothing is reduced before the last backward pass has ended
-        yield "gradients", "scatter", axis, reduced, False
+        yield "gradients", "scatter", axis, reduced, hidden
         yield "weights", "gather", axis, gathered, False
     else:  # gradients are divided, so each micro-batch's are sent, as they are computed
         yield "gradients", "scatter", axis, reduced * num_micro_batches, hidden

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from braid.parallel.deepspeed_engine import build_deepspeed_engine
 from braid.parallel.engine import Engine, PlainEngine
 from braid.parallel.megatron_engine import MegatronEngine
 from braid.parallel.mesh import Mesh
@@ -21,4 +22,6 @@ def build_engine(config: Config, objective: Objective, mesh: Mesh) -> Engine:
         case "megatron":
             half = cast_by_autocast(objective) if config.run.precision == "bf16" else ()
             return MegatronEngine(objective, optimizer, mesh, half=half, overlap=config.parallel.overlap)
+        case "deepspeed":
+            return build_deepspeed_engine(objective, optimizer, mesh, config.parallel)
     raise AssertionError(config.parallel.engine)

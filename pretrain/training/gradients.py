@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import fields, replace
 from functools import partial
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from braid.data_pipeline.loader import Batch
 from braid.parallel.engine import Engine
 from braid.parallel.pipeline import Schedule, spread
-from braid.pretrain.objectives.base import Corrupted, Noise, Objective, Pass, advance
+from braid.pretrain.objectives.base import Corrupted, LossTerms, Noise, Objective, Pass, advance
 
 from .precision import autocast
 from .step import StepSums
@@ -39,16 +40,21 @@ class Gradients:
         return sums
 
     def _one_by_one(self, micro_batches: Sequence[MicroBatch], count: Tensor, sums: StepSums) -> None:
-        objective = self.objective
         for number, micro_batch in enumerate(micro_batches, 1):
-            corrupted = objective.corrupt(*micro_batch)
-            with objective.context.dividing():
-                corrupted = corrupted.part(objective.context)
-                with autocast(self.precision, self.device):
-                    prediction = objective.predict(corrupted)
-                loss = objective.loss(prediction, corrupted)
+            with ExitStack() as dividing:
+                loss = self.engine.forward(partial(self._loss, micro_batch, dividing))
                 self.engine.backward(loss.total / count, last=number == len(micro_batches))
             sums.add(loss)
+
+    def _loss(self, micro_batch: MicroBatch, dividing: ExitStack) -> LossTerms:
+        """The sums of one micro-batch, of this process's positions: they stay divided until `dividing` is closed."""
+        objective = self.objective
+        corrupted = objective.corrupt(*micro_batch)
+        dividing.enter_context(objective.context.dividing())
+        corrupted = corrupted.part(objective.context)
+        with autocast(self.precision, self.device):
+            prediction = objective.predict(corrupted)
+        return objective.loss(prediction, corrupted)
 
     def _through_pipeline(self, micro_batches: Sequence[MicroBatch], count: Tensor, sums: StepSums) -> None:
         """Every process corrupts every micro-batch for itself: before its first piece, or before all passes without

@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -59,6 +61,8 @@ from .signals import StopRequest
 from .step import StepSums
 
 MAX_FAILED_SAVES = 3
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -118,6 +122,11 @@ class Trainer:
         if config.accelerators.linears == "transformer-engine":
             use_fp8(self.objective.network)
         self.layout = build_layout(self.objective, mesh)  # before an engine may divide the parameters
+        with autocast(config.run.precision, self.device):
+            check_direction(self.objective.network)
+            if self.context.divides:
+                with self.context.dividing():
+                    check_direction(self.objective.network, length=data.sequence_length)
         self.engine = build_engine(config, self.objective, mesh)
         schedule = Schedule(stage, config.parallel, config.model.width) if stage.divided else None
         self.gradients = Gradients(self.objective, self.engine, config.run.precision, schedule)
@@ -125,11 +134,6 @@ class Trainer:
         self.parameters = parameter_counts(self.objective.network) | {"objective": stage.add_up([sum(own)])[0]}
         self.ema = EMA(self.engine, training.ema_decay) if training.ema_decay else None
         self.noise_key = fold_key(config.run.seed, "train")
-        with autocast(config.run.precision, self.device):
-            check_direction(self.objective.network)
-            if self.context.divides:
-                with self.context.dividing():
-                    check_direction(self.objective.network, length=data.sequence_length)
 
         # State and records.
         self.step = 0
@@ -274,11 +278,17 @@ class Trainer:
         """The objective's figures on the first validation rows, one draw each, with the averaged weights."""
         config = self.config.training
         num_sequences = min(config.validation_sequences, len(self.validation_rows))
-        with self._averaged(), autocast(self.config.run.precision, self.device):
-            estimates = evaluate_rows(
-                self.objective, self.validation_rows, num_sequences=num_sequences, draws=1, seed=self.config.run.seed,
-                micro_batch_size=config.micro_batch_size, peers=self.mesh.reduction,
+        estimates = self._look(
+            lambda: evaluate_rows(
+                self.objective,
+                self.validation_rows,
+                num_sequences=num_sequences,
+                draws=1,
+                seed=self.config.run.seed,
+                micro_batch_size=config.micro_batch_size,
+                peers=self.mesh.reduction,
             )  # fmt: skip
+        )
         first = estimates[0]
         self._record(
             {
@@ -297,43 +307,54 @@ class Trainer:
                  f"({num_sequences} sequences, one draw)")  # fmt: skip
 
     def _sample(self) -> None:
-        num, data = self.config.training.num_samples, self.config.data
+        """Every rank draws the same ones, because every rank may be needed to; the first writes them."""
+        num, data, settings = self.config.training.num_samples, self.config.data, self.config.sampling
         pairs = data.packing == "pairs"
         prompt = source_prompt(self.validation_rows, num) if pairs else no_prompt(num, data.sequence_length)
-        with self._averaged(), autocast(self.config.run.precision, self.device):
-            if self.mesh.reduction.rank == 0:  # and all that share its weights
-                samples = draw_samples(self.objective, self.config.sampling, prompt, key=self.config.run.seed)
+        seed = self.config.run.seed
+        samples = self._look(lambda: draw_samples(self.objective, settings, prompt, key=seed))
         if self.world.rank == 0:
             path = self.run_dir / "samples" / f"step-{self.step:08d}.jsonl"
-            used, seed = sampler_settings(self.config.sampling, self.config.objective), self.config.run.seed
+            used = sampler_settings(settings, self.config.objective)
             try:
                 write_samples(path, samples, self.tokenizer, used, step=self.step, seed=seed)
             except OSError as error:
                 self.say(f"warning: {path} could not be written, training goes on: {error}")
         self.world.barrier()
 
-    def _averaged(self):
-        return self.ema.applied() if self.ema else torch.no_grad()
+    def _look(self, compute: Callable[[], T]) -> T:
+        """What `compute` returns, without gradient, with the averaged weights where there are any."""
+
+        def looking() -> T:
+            with torch.no_grad(), autocast(self.config.run.precision, self.device):
+                return compute()
+
+        with self.ema.applied() if self.ema else nullcontext():
+            return self.engine.forward(looking)
 
     def _write_descriptions(self) -> None:
         """environment.json and schedule.json, which the report shows beside the metrics."""
-        if self.world.rank != 0:
-            return
-        environment = collect_environment(str(self.device)) | {"ranks": self.world.size}
-        encoder = self.objective.encoder
-        environment["parameters"] = self.parameters | {
-            "frozen_encoder": encoder.num_parameters if encoder is not None else 0
-        }
-        write_atomically(self.run_dir / "environment.json", (json.dumps(environment, indent=2) + "\n").encode())
-        self._write_schedule()
+        if self.world.rank == 0:
+            environment = collect_environment(str(self.device)) | {"ranks": self.world.size}
+            encoder = self.objective.encoder
+            environment["parameters"] = self.parameters | {
+                "frozen_encoder": encoder.num_parameters if encoder is not None else 0
+            }
+            write_atomically(self.run_dir / "environment.json", (json.dumps(environment, indent=2) + "\n").encode())
+        self._write_schedule(self._schedule())
 
-    def _write_schedule(self) -> None:
-        """schedule.json: the objective's curves over time, which may be learnt, as they are now."""
+    def _schedule(self) -> dict[str, Any]:
+        """The objective's curves over time, which may be learnt, as they are now."""
         times = torch.linspace(0, 1, 101, dtype=torch.float64, device=self.device)
         with torch.no_grad():
-            curves = {name: values.tolist() for name, values in self.objective.schedule_curves(times).items()}
-        record = {"step": self.step, "times": times.tolist(), "series": curves}
-        write_atomically(self.run_dir / "schedule.json", (json.dumps(record, indent=2) + "\n").encode())
+            curves = self.engine.forward(lambda: self.objective.schedule_curves(times))
+        series = {name: values.tolist() for name, values in curves.items()}
+        return {"step": self.step, "times": times.tolist(), "series": series}
+
+    def _write_schedule(self, schedule: dict[str, Any]) -> None:
+        """schedule.json."""
+        if self.world.rank == 0:
+            write_atomically(self.run_dir / "schedule.json", (json.dumps(schedule, indent=2) + "\n").encode())
 
     def say(self, text: str) -> None:
         if self.world.rank == 0:
@@ -353,9 +374,10 @@ class Trainer:
         state = describe(self.config, self.step, self.objective, state, self.tokenizer, self.world.size)
         tensors = tensors_to_save(self.objective, self.engine, self.ema, self.layout)
         self.saver.start(self.step, tensors, state, self.checkpoint_files)
+        schedule = self._schedule()
         if self.world.rank == 0:
             try:
-                self._write_schedule()
+                self._write_schedule(schedule)
             except OSError as error:
                 self.say(f"warning: {self.run_dir / 'schedule.json'} could not be written, training goes on: {error}")
         self._settle(wait=last or not self.saver.asynchronous, last=last)

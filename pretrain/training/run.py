@@ -5,13 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from braid.kernels.errors import BraidError, ConfigError, TrainingFailed
 from braid.parallel.data_parallel import World, init_world
 from braid.parallel.mesh import Mesh, build_mesh
-from braid.parallel.plan import ParallelConfig
 from braid.pretrain.checkpoint.store import CheckpointStore
 from braid.pretrain.config.load import load_config
 from braid.pretrain.config.schema import Config
@@ -22,18 +21,6 @@ from .accelerators import use_accelerators
 from .loop import Trainer
 from .outcome import STATUS, clear_outcome, write_failed_start, write_outcome
 from .precision import prepare_process
-
-TRAINED = {
-    "tensor": None,
-    "sequence": None,
-    "context": None,
-    "context_by": None,
-    "pipeline": None,
-    "virtual": None,
-    "overlap": None,
-    "engine": ("plain", "megatron"),
-}
-"""Fields of the section `parallel` that the trainer follows, and of which values; None: of all."""
 
 
 def main(recipe: str, overrides: Sequence[str]) -> int:
@@ -64,21 +51,13 @@ def pretrain(config: Config) -> int:
 
 
 def _refuse_unbuilt(config: Config) -> None:
-    """The trainer runs data, tensor, sequence, context and pipeline parallelism; other plans are for `braid plan` so
-    far."""
-    default = ParallelConfig()
-    given = {field.name: getattr(config.parallel, field.name) for field in fields(default)}
-    unbuilt = [
-        name
-        for name, value in given.items()
-        if value != getattr(default, name) and not (name in TRAINED and value in (TRAINED[name] or (value,)))
-    ]
-    if unbuilt:
+    """The trainer runs every plan but one, which is for `braid plan` so far."""
+    plan = config.parallel
+    if plan.engine == "deepspeed" and plan.pipeline > 1:
         raise ConfigError(
-            "this version trains with data, tensor, sequence, context and pipeline parallelism, by the engines plain "
-            "and megatron; `braid plan` estimates other plans too",
-            found=", ".join(f"parallel.{name} = {given[name]!r}" for name in sorted(unbuilt)),
-            change="leave these fields of the section `parallel` at their defaults",
+            "this version trains no pipeline with DeepSpeed; `braid plan` estimates it",
+            found=f"parallel.pipeline = {plan.pipeline}, parallel.engine = 'deepspeed'",
+            change="parallel.engine=megatron parallel.zero=0 divides the optimizer's state too",
         )
 
 

@@ -368,7 +368,8 @@ def test_a_corpus_smaller_than_a_global_batch_is_exhausted(tmp_path):
 @pytest.mark.parametrize("num_sequences", [1, 37, 10**9])
 def test_validation_takes_every_row_once(folder, size, num_sequences):
     rows = open_rows(folder)
-    ranks = [list(validation_batches(rows, num_sequences, 4, rank, size)) for rank in range(size)]
+    all_batches = [list(validation_batches(rows, num_sequences, 4, rank, size)) for rank in range(size)]
+    ranks = [[batch for batch in batches if batch.loss_mask.any()] for batches in all_batches]
     ordinals = torch.cat([batch.ordinals for rank in ranks for batch in rank])
     tokens = torch.cat([batch.tokens for rank in ranks for batch in rank])
     num_chosen = min(num_sequences, len(rows))
@@ -377,13 +378,17 @@ def test_validation_takes_every_row_once(folder, size, num_sequences):
     for rank in ranks:
         assert all(len(batch.ordinals) == 4 for batch in rank[:-1]) and all(batch.loss_mask.all() for batch in rank)
     assert max(map(len, ranks)) - min(map(len, ranks)) <= 1
+    for whole, kept in zip(all_batches, ranks, strict=True):
+        assert len(whole) == len(all_batches[0]) == max(map(len, ranks))
+        assert [batch.ordinals.tolist() for batch in whole[: len(kept)]] == [b.ordinals.tolist() for b in kept]
 
 
 def test_validation_leaves_out_damaged_rows_and_keeps_ordinals(tmp_path):
     build(tmp_path, texts(60, 40), block=100, shard_bytes=1500)
     damage(tmp_path / "train" / "shard.00001.mds", "flipped")
     rows = open_rows(tmp_path, "skip", tmp_path / "ledger.jsonl")
-    found = [i for rank in range(2) for batch in validation_batches(rows, 10**9, 4, rank, 2) for i in batch.ordinals]
+    batches = [batch for rank in range(2) for batch in validation_batches(rows, 10**9, 4, rank, 2)]
+    found = [i for batch in batches if batch.loss_mask.any() for i in batch.ordinals]
     (entry,) = map(json.loads, (tmp_path / "ledger.jsonl").read_text().splitlines())
     assert [int(i) for i in found] == [i for i in range(len(rows)) if i not in range(*entry["rows"])]
     with pytest.raises(InputError, match="shard.00001.mds"):

@@ -59,6 +59,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
         RECOMPUTED,
     ),
     "replaid": (RePlaidConfig(embedding_dim=8), {}),
+    "replaid-fixed": (RePlaidConfig(embedding_dim=8, fixed_embeddings=True), {}),
     "replaid-auxiliary": (RePlaidConfig(embedding_dim=8, time_input="time", auxiliary_weight=0.3), RECOMPUTED),
     "co_ladd": (CoLADDConfig(encoder=ENCODER, num_slots=NUM_SLOTS), DROPOUT | RECOMPUTED),
     "co_ladd-learned": (

@@ -126,7 +126,9 @@ CASES = {
     "muon cut": (plan(engine="megatron"), facts(optimizer="muon"), 4, "laid end to end", "'megatron'"),
     "muon and ZeRO": (plan(engine="deepspeed", zero=1), facts(optimizer="muon"), 4, "laid end to end", "zero = 1"),
     "offload": (plan(engine="deepspeed", offload="cpu"), facts(precision="fp32"), 4, "what ZeRO divides", "zero = 0"),
-    "nvme": (plan(engine="deepspeed", zero=1, offload="nvme"), facts(), 4, "local disk", "parallel.offload_dir = ''"),
+    "nvme": (plan(engine="deepspeed", zero=3, offload="nvme"), facts(), 4, "local disk", "parallel.offload_dir = ''"),
+    "nvme below 3": (plan(engine="deepspeed", zero=2, offload="nvme", offload_dir="/fast"), facts(), 4, "stage 3 alone",
+                     "parallel.offload = 'nvme', parallel.zero = 2"),
     "folder unused": (plan(offload_dir="/fast"), facts(), 4, "is ignored", "parallel.offload_dir = '/fast'"),
     "range": (plan(tensor=0), facts(), 4, "parallel.tensor = 0 must be at least 1", ""),
     "choice": (plan(engine="fsdp"), facts(), 4, "parallel.engine = 'fsdp' is not one of plain, deepspeed", ""),
@@ -244,7 +246,8 @@ def constructible(p: ParallelConfig, f: PlanFacts, num_processes: int) -> bool:
     if p.virtual > 1 and dealt(rows // f.micro_batch_size, p.pipeline) is None:
         return False
     engines = {("plain", 0, "none"), ("megatron", 0, "none")}
-    engines |= {("deepspeed", stage, place) for stage in (1, 2, 3) for place in ("none", "cpu", "nvme")}
+    engines |= {("deepspeed", stage, place) for stage in (1, 2, 3) for place in ("none", "cpu")}
+    engines |= {("deepspeed", 3, "nvme")}
     engines |= {("deepspeed", 0, "none")} if f.precision == "fp32" else set()
     if p.pipeline > 1:
         engines = {engine for engine in engines if engine[1] < 2}

@@ -92,7 +92,7 @@ def reference(
         hold = (lambda value: value.detach()) if conditioned[i] else (lambda value: value)
         raw = objective.network.embedding.raw.double()
         table = hold(raw / (raw.norm(dim=1, keepdim=True) + 1e-8))
-        gamma_0, gamma_1 = hold(objective.schedule.gamma_0.double()), hold(objective.schedule.gamma_1.double())
+        gamma_0, gamma_1 = hold(objective.schedule.gamma_0.double()[0]), hold(objective.schedule.gamma_1.double()[0])
         g, rate = (hold(value) for value in interior(objective, time))
         gamma = gamma_0 if reconstructs else gamma_0 + (gamma_1 - gamma_0) * g
         alpha2, sigma2 = torch.sigmoid(-gamma), torch.sigmoid(gamma)

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from braid.data_pipeline.loader import Batch
-from braid.parallel import engine, megatron_engine
+from braid.parallel import deepspeed_engine, engine, megatron_engine
 from braid.parallel.layers import gather_whole
 from braid.parallel.pipeline import counts_here
 from braid.pretrain.checkpoint.layout import shards_of
@@ -151,6 +151,7 @@ if __name__ == "__main__":
     RECORD, PADDED = os.path.abspath(sys.argv[1]), os.environ.get("PADDED") == "1"
     GRADIENTS = Path(os.environ["GRADIENTS"]) if "GRADIENTS" in os.environ else None
     RESAVED = Path(os.environ["RESAVED"]) if "RESAVED" in os.environ else None
+    deepspeed_engine.SMALL_PARAMETER = 0  # every parameter of a tiny model is small: ZeRO 3 would keep them all whole
     if os.environ.get("DENSE") == "1":
         network.initialise = dense_initialise
     run_module.Trainer = RecordedTrainer

@@ -183,7 +183,31 @@ def test_an_engine_that_divides_its_state_resumes_bit_for_bit(trainers: Trainers
     assert_same_run(trainers.folder / "pieces", trainers.folder / "straight")
 
 
+ZERO = [
+    {"parallel__zero": 3},
+    pytest.param({"parallel__zero": 1}, marks=pytest.mark.slow),
+    pytest.param({"parallel__zero": 2, "parallel__offload": "cpu"}, marks=pytest.mark.slow),
+    pytest.param({"parallel__zero": 3, "parallel__offload": "cpu"}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("fields", ZERO)
+def test_zero_goes_on_bit_for_bit(trainers: Trainers, fields: dict) -> None:
+    """In pieces as in one piece; and DeepSpeed, which says much, is not heard."""
+    options = {"training__log_every": 2, "training__validate_every": 4, "checkpoint__every": 4, "recorded": True}
+    options |= {"ranks": 2, "parallel__engine": "deepspeed", "optimizer__schedule": "constant"} | fields
+    options |= {"optimizer__warmup_steps": 2}
+    trainers.train("tiny_replaid", "straight", training__steps=8, **options)
+    trainers.train("tiny_replaid", "pieces", training__steps=4, **options)
+    process = trainers.train("tiny_replaid", "pieces", training__steps=8, **options)
+    assert "resumed from step 4" in process.out
+    assert_same_run(trainers.folder / "pieces", trainers.folder / "straight")
+    for said in (process.out, process.err):
+        assert "deepspeed" not in said.lower() and "deprecated" not in said and "INFO" not in said
+
+
 def test_a_plan_that_is_not_built_is_refused(trainers: Trainers) -> None:
-    process = trainers.start("tiny_mdlm", "refused", parallel__engine="deepspeed")
-    assert process.wait() == 2
-    assert "parallel.engine = 'deepspeed'" in process.err and "Traceback" not in process.err
+    fields = {"parallel__pipeline": 2, "model__num_layers": 2, "parallel__engine": "deepspeed", "parallel__zero": 1}
+    for process in trainers.start_ranks(2, "tiny_mdlm", "refused", **fields):
+        assert process.wait() == 2
+        assert "parallel.pipeline = 2" in process.err and "Traceback" not in process.err

@@ -1,0 +1,206 @@
+"""What runs on the ranks of test_deepspeed_engine.py: training steps of tiny systems through an engine."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from tensor_cases import BATCH, batch_and_noise, build
+
+from braid.data_pipeline.loader import Batch
+from braid.parallel import deepspeed_engine
+from braid.parallel.data_parallel import World
+from braid.parallel.engine import Engine, NotFinite
+from braid.parallel.mesh import Mesh, build_mesh
+from braid.parallel.plan import ParallelConfig
+from braid.pretrain.checkpoint.layout import cut_tensors, gather_tensors, shards_of
+from braid.pretrain.config.schema import Config, OptimizerConfig
+from braid.pretrain.objectives.base import LossTerms, Noise, Objective
+from braid.pretrain.training.ema import EMA
+from braid.pretrain.training.engines import build_engine
+from braid.pretrain.training.optimizer import set_learning_rate
+from braid.pretrain.training.precision import autocast
+
+ADAMW = OptimizerConfig(lr=1e-3, weight_decay=0.1, beta2=0.99)
+CLIP_NORM = 0.5
+"""Below every norm here."""
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass
+class Trained:
+    """Of one case on one rank: whole tensors by name."""
+
+    norms: list[float]
+    weights: Tensors
+    moments: list[Tensors]
+    """The optimizer's state after each step."""
+    average: Tensors
+    averaged: Tensors
+    """The module's weights while the average is applied, as `weights_seen` finds them."""
+    seen: Tensors
+    """The same afterwards."""
+    sizes: list[int]
+    """Elements of the tensors this rank holds."""
+
+
+def train(
+    world: World,
+    names: list[str],
+    plan: ParallelConfig,
+    num_steps: int = 2,
+    precision: str = "fp32",
+    width: int = 32,
+) -> dict[str, Trained]:
+    """Train each case on two micro-batches a rank and step (of one row, where two ranks share the rows)."""
+    deepspeed_engine.SMALL_PARAMETER = 0  # every parameter of these models is small
+    mesh = build_mesh(world, plan)
+    return {name: _train(name, mesh, plan, num_steps, precision, width) for name in names}
+
+
+def _train(name: str, mesh: Mesh, plan: ParallelConfig, num_steps: int, precision: str, width: int) -> Trained:
+    objective, engine = start(name, mesh, plan, width)
+    on_disk = plan.offload == "nvme"
+    ema = EMA(engine, 0.0 if on_disk else 0.5)
+    norms, moments = [], []
+    for step in range(num_steps):
+        norms.append(one_step(objective, engine, mesh, precision).item())
+        if not on_disk:
+            ema.update(step + 1)
+        moments.append(whole(engine.optimizer_state(), objective, mesh))
+    with contextlib.nullcontext() if on_disk else ema.applied():
+        averaged = weights_seen(objective, engine, mesh)
+    return Trained(
+        norms,
+        whole(engine.named(engine.held), objective, mesh),
+        moments,
+        {} if on_disk else whole(engine.named(ema.averages), objective, mesh),
+        averaged,
+        weights_seen(objective, engine, mesh),
+        [tensor.numel() for tensor in engine.held],
+    )
+
+
+def start(name: str, mesh: Mesh, plan: ParallelConfig, width: int = 32) -> tuple[Objective, Engine]:
+    objective = build(name, mesh.tensor, plan.sequence, width=width)
+    engine = build_engine(Config(optimizer=ADAMW, parallel=plan), objective, mesh)
+    set_learning_rate(engine.optimizer, 1.0)
+    return objective, engine
+
+
+def one_step(
+    objective: Objective,
+    engine: Engine,
+    mesh: Mesh,
+    precision: str = "fp32",
+    factor: Callable[[int], float] = lambda ordinal: 1.0,
+) -> torch.Tensor:
+    """`factor(ordinal of the first row)` multiplies the loss of a micro-batch."""
+    batch, noise = batch_and_noise()
+    count = batch.loss_mask.sum()
+    rows = BATCH // mesh.data.size
+    micro_batches = torch.arange(mesh.data.rank * rows, (mesh.data.rank + 1) * rows).chunk(2)
+    for number, micro_batch in enumerate(micro_batches, 1):
+        loss = engine.forward(partial(_loss, objective, _cut(batch, micro_batch), _rows(noise, micro_batch), precision))
+        engine.backward(loss.total / count * factor(int(micro_batch[0])), last=number == len(micro_batches))
+    return engine.step(CLIP_NORM)
+
+
+def _loss(objective: Objective, batch: Batch, noise: Noise, precision: str) -> LossTerms:
+    corrupted = objective.corrupt(batch, noise)
+    with autocast(precision, torch.device("cpu")):
+        prediction = objective.predict(corrupted)
+    return objective.loss(prediction, corrupted)
+
+
+def _cut(batch: Batch, rows: torch.Tensor) -> Batch:
+    return Batch(batch.tokens[rows], batch.loss_mask[rows], batch.ordinals[rows], batch.condition[rows])
+
+
+def _rows(noise: Noise, rows: torch.Tensor) -> Noise:
+    return replace(noise, ordinals=noise.ordinals[rows], index=noise.index[rows], shift=noise.shift[rows])
+
+
+def whole(tensors: Any, objective: Objective, mesh: Mesh) -> Tensors:
+    """Whole over the tensor axis too."""
+    gathered = gather_tensors(dict(tensors), shards_of(objective), mesh.tensor)
+    return {name: tensor.detach().clone() for name, tensor in gathered.items()}
+
+
+def weights_seen(objective: Objective, engine: Engine, mesh: Mesh) -> Tensors:
+    """The weights as a calculation with the module finds them."""
+
+    def look() -> Tensors:
+        owners = [(prefix, owner) for prefix, owner in objective.named_modules() if owner._parameters]
+        return {
+            f"{prefix}.{name}".lstrip("."): getattr(owner, name).detach().clone()
+            for prefix, owner in owners
+            for name in owner._parameters
+            if getattr(owner, name) is not None
+        }
+
+    with torch.no_grad():
+        return whole(engine.forward(look), objective, mesh)
+
+
+def poisoned(world: World, name: str, plan: ParallelConfig) -> tuple[bool, bool, bool, list[float]]:
+    """A step whose gradient is NaN on the last rank alone: whether every rank is told, and whether weights and state
+    are what they were, to the bit; and the norms of the steps before and after."""
+    deepspeed_engine.SMALL_PARAMETER = 0
+    mesh = build_mesh(world, plan)
+    objective, engine = start(name, mesh, plan)
+    first = one_step(objective, engine, mesh)
+    before = _everything(objective, engine, mesh)
+    told = False
+    try:
+        one_step(objective, engine, mesh, factor=lambda ordinal: math.nan if ordinal == BATCH - 1 else 1.0)
+    except NotFinite:
+        told = True
+    after = _everything(objective, engine, mesh)
+    second = one_step(objective, engine, mesh)
+    moved = any(not torch.equal(value, before[key]) for key, value in _everything(objective, engine, mesh).items())
+    same = before.keys() == after.keys() and all(torch.equal(value, after[key]) for key, value in before.items())
+    return told, same, moved, [first.item(), second.item()]
+
+
+def _everything(objective: Objective, engine: Engine, mesh: Mesh) -> Tensors:
+    held = whole(engine.named(engine.held), objective, mesh)
+    state = whole(engine.optimizer_state(), objective, mesh)
+    seen = {f"seen {name}": value for name, value in weights_seen(objective, engine, mesh).items()}
+    rest = {f"rest {name}": value.clone() for name, value in engine.untrained().items()}
+    return held | state | seen | rest
+
+
+def moved(world: World, name: str, plan: ParallelConfig, width: int = 32) -> bool:
+    """Everything of a trained engine into a fresh one, which then goes on as the first does."""
+    deepspeed_engine.SMALL_PARAMETER = 0
+    mesh = build_mesh(world, plan)
+    objective, engine = start(name, mesh, plan, width)
+    for _ in range(2):
+        one_step(objective, engine, mesh)
+    if plan.offload == "nvme":
+        plan = replace(plan, offload_dir=f"{plan.offload_dir}/other")
+    other, fresh = start(name, mesh, plan, width)
+    shards = shards_of(other)
+    weights = cut_tensors(whole(engine.named(engine.held), objective, mesh), shards)
+    state = cut_tensors(whole(engine.optimizer_state(), objective, mesh), shards)
+    rest = {key: value.clone() for key, value in engine.untrained().items()}
+    with fresh.writing() as held:
+        for key, value in fresh.untrained().items():
+            value.copy_(rest[key])
+        fresh.fill(held, weights.__getitem__)
+    fresh.load_optimizer_state(state.keys(), state.__getitem__)
+    same = [_same(objective, engine, other, fresh, mesh)]
+    norms = [one_step(*each, mesh) for each in ((objective, engine), (other, fresh))]
+    return all([*same, torch.equal(*norms), _same(objective, engine, other, fresh, mesh)])
+
+
+def _same(objective: Objective, engine: Engine, other: Objective, fresh: Engine, mesh: Mesh) -> bool:
+    found, wanted = _everything(other, fresh, mesh), _everything(objective, engine, mesh)
+    assert found.keys() == wanted.keys()
+    return all(torch.equal(value, found[key]) for key, value in wanted.items())

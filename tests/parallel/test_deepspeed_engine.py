@@ -1,0 +1,175 @@
+"""ZeRO in every stage against plain torch on one process: gradients, norms, clipping, averages, and what goes wrong."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from deepspeed_bodies import CLIP_NORM, Trained, moved, poisoned, train
+
+from braid.parallel.data_parallel import World
+from braid.parallel.plan import ParallelConfig
+
+TWICE = ["mdlm", "replaid-auxiliary", "elf", "co_ladd-learned"]
+"""Recomputed blocks; two passes, and weights that are read outside their modules; three passes; learned tokens."""
+REST = ["ar", "duo", "gidd", "ccdd-mdit", "ccdd-mmdit", "ccdd-moedit-1", "replaid", "co_ladd", "di_ladd-learned"]
+PATIENCE_S = 300
+
+
+def plan(zero: int, **fields) -> ParallelConfig:
+    return ParallelConfig(engine="deepspeed", zero=zero, **fields)
+
+
+@functools.cache
+def expected(name: str, precision: str = "fp32", width: int = 32) -> Trained:
+    [trained] = train(World.single(), [name], ParallelConfig(), 2, precision, width).values()
+    assert min(trained.norms) > 2 * CLIP_NORM, "clipping must be at work"
+    return trained
+
+
+def assert_same(found: Trained, wanted: Trained, name: str) -> None:
+    """Norms, the first step's gradient (Adam's first moment), weights and averages."""
+    assert found.norms == pytest.approx(wanted.norms, rel=1e-5), name
+    first, gradients = found.moments[0], wanted.moments[0]
+    assert first.keys() == gradients.keys()
+    for key, value in gradients.items():
+        if key.endswith("/exp_avg"):
+            bound = 1e-4 * value.abs().max().item() + 1e-9
+            torch.testing.assert_close(first[key], value, rtol=0, atol=bound, msg=f"{name} {key}")
+        if key.endswith("/step"):
+            assert first[key] == value
+    for kind in ("weights", "average", "averaged", "seen"):
+        tensors, others = getattr(found, kind), getattr(wanted, kind)
+        assert others.keys() <= tensors.keys()
+        for key, value in others.items():
+            # A gradient that is nearly nothing has a sign by chance, and Adam's step is as long as any other.
+            assert (tensors[key] - value).abs().mean() < 2e-5, (name, kind, key)
+            assert tensors[key].shape == value.shape
+
+
+@pytest.mark.parametrize(
+    ("zero", "fields"),
+    [
+        pytest.param(0, {}, marks=pytest.mark.slow),
+        (1, {}),
+        (2, {}),
+        (3, {}),
+        pytest.param(1, {"offload": "cpu"}, marks=pytest.mark.slow),
+        pytest.param(2, {"offload": "cpu"}, marks=pytest.mark.slow),
+        (3, {"offload": "cpu"}),
+        pytest.param(2, {"overlap": False}, marks=pytest.mark.slow),
+    ],
+)
+def test_two_ranks_train_as_one(ranks, zero, fields):
+    for of_rank in ranks(train, 2, TWICE, plan(zero, **fields), timeout_s=PATIENCE_S):
+        for name, found in of_rank.items():
+            assert_same(found, expected(name), name)
+            for kind in ("weights", "average"):  # what is saved is what a calculation with the module finds
+                seen = found.seen if kind == "weights" else found.averaged
+                assert all(torch.equal(seen[key], value) for key, value in getattr(found, kind).items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_every_system_on_two_ranks(ranks, zero):
+    for of_rank in ranks(train, 2, REST, plan(zero), timeout_s=600):
+        for name, found in of_rank.items():
+            assert_same(found, expected(name), name)
+
+
+@pytest.mark.parametrize(
+    ("zero", "sequence"),
+    [(3, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, True), (2, False), (3, False)))],
+)
+def test_with_tensor_parallelism(ranks, zero, sequence):
+    """Norms count divided weights on every rank and others once; partial gradients are whole before they are cut."""
+    for of_rank in ranks(train, 4, TWICE[:2], plan(zero, tensor=2, sequence=sequence), timeout_s=PATIENCE_S):
+        for name, found in of_rank.items():
+            assert_same(found, expected(name), name)
+
+
+@pytest.fixture(scope="module")
+def plain_bf16(ranks):
+    return ranks(train, 2, ["mdlm", "replaid"], ParallelConfig(), 2, "bf16", timeout_s=PATIENCE_S)
+
+
+@pytest.mark.parametrize(("zero", "tolerance"), [(1, 1e-6), (2, 1e-6), (3, 5e-3)])
+def test_bf16_is_that_of_plain_torch(ranks, plain_bf16, zero, tolerance):
+    """Weights and gradients are float32, so that nothing is rounded which is not under plain autocast; only the linear
+    layers of stage 3 are DeepSpeed's, which round once more."""
+    names = ["mdlm", "replaid"]
+    for of_rank, plain in zip(
+        ranks(train, 2, names, plan(zero), 2, "bf16", timeout_s=PATIENCE_S), plain_bf16, strict=True
+    ):
+        for name in names:
+            found, wanted = of_rank[name], plain[name]
+            assert found.norms == pytest.approx(wanted.norms, rel=tolerance)
+            for key, value in wanted.moments[0].items():
+                if key.endswith("/exp_avg"):
+                    other = found.moments[0][key]
+                    assert other.dtype == torch.float32
+                    assert (other - value).norm() <= 20 * tolerance * value.norm() + 1e-9, (name, key)
+
+
+@pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.slow), 1, 2, 3])
+def test_a_gradient_that_is_not_finite_changes_nothing(ranks, zero):
+    for told, same, then_moved, norms in ranks(poisoned, 2, "mdlm", plan(zero), timeout_s=PATIENCE_S):
+        assert told and same and then_moved
+        assert norms == pytest.approx(expected("mdlm").norms, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"zero": 2},
+        {"zero": 3},
+        pytest.param({"zero": 1}, marks=pytest.mark.slow),
+        pytest.param({"zero": 3, "offload": "cpu"}, marks=pytest.mark.slow),
+        pytest.param({"zero": 3, "tensor": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_saved_is_all_there_is(ranks, fields):
+    """Sizes divide by no number of ranks; RePlaid's fixed embeddings are not trained."""
+    num_ranks = 4 if "tensor" in fields else 3
+    for name in ("replaid-fixed", "di_ladd-learned"):
+        assert all(ranks(moved, num_ranks, name, plan(**fields), timeout_s=PATIENCE_S)), name
+
+
+def test_stages_divide_what_they_say(ranks):
+    whole = sum(value.numel() for value in expected("mdlm").weights.values())
+    for zero in (2, 3):
+        for of_rank in ranks(train, 2, ["mdlm"], plan(zero), 1, timeout_s=PATIENCE_S):
+            assert sum(of_rank["mdlm"].sizes) == pytest.approx(whole / 2, rel=0.01)
+
+
+@pytest.fixture(scope="session")
+def asynchronous_io() -> None:
+    """Compiled once, before several ranks would do it at the same time."""
+    code = "from deepspeed.ops.op_builder import AsyncIOBuilder as B; B().is_compatible(verbose=False) and B().load()"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"DS_ACCELERATOR": "cpu"}, timeout=600)
+    builder = pytest.importorskip("deepspeed.ops.op_builder").AsyncIOBuilder()
+    if not builder.is_compatible(verbose=False):
+        pytest.skip("libaio is not installed")
+
+
+WIDE = 256
+"""Only what is larger than a megabyte goes to a disk."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mdlm", "replaid-fixed"])
+def test_state_on_a_disk(ranks, asynchronous_io, tmp_path, name):
+    on_disk = plan(3, offload="nvme", offload_dir=str(tmp_path))
+    for of_rank in ranks(train, 2, [name], on_disk, 2, "fp32", WIDE, timeout_s=PATIENCE_S):
+        found, wanted = of_rank[name], expected(name, width=WIDE)
+        assert found.norms == pytest.approx(wanted.norms, rel=1e-5)
+        assert 0 in found.sizes, "nothing was put there"
+        for kind in ("weights", "seen"):
+            for key, value in getattr(wanted, kind).items():
+                assert (getattr(found, kind)[key] - value).abs().mean() < 2e-5, (kind, key)
+    assert list(tmp_path.rglob("*.swp"))
+    assert all(ranks(moved, 2, name, on_disk, WIDE, timeout_s=PATIENCE_S))
