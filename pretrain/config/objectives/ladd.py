@@ -96,6 +96,8 @@ def check_ladd(check: Check, config: Config) -> None:
     check.within("objective.encoder_masking", ladd.encoder_masking, "[)", 0, 1)
     _check_encoder(check, ladd)
 
+    _check_plan(check, config)
+
     sampling = config.sampling
     sequential = sampling.sampler.startswith("sequential")
     own_denoiser = getattr(ladd, "latent_denoiser", False)
@@ -105,6 +107,20 @@ def check_ladd(check: Check, config: Config) -> None:
             found="objective.independent_times = false: tokens and latents always have the same time",
             change="sampling.sampler=joint, or objective.independent_times=true",
         )
+
+
+def _check_plan(check: Check, config: Config) -> None:
+    """Pipeline and context divide one call of one network."""
+    ladd, plan = config.objective, config.parallel
+    more = {"independence_scale": ladd.independence_scale, "latent_denoiser": getattr(ladd, "latent_denoiser", False)}
+    axes = {"pipeline": plan.pipeline, "context": plan.context}
+    for name in (name for name, value in more.items() if value):
+        for axis in (axis for axis, size in axes.items() if size > 1):
+            check.add(
+                f"objective.{name} needs the whole network in one process: it calls more than the one that is divided",
+                found=f"parallel.{axis} = {axes[axis]}",
+                change=f"parallel.{axis}=1; the tensor axis and the batch can be divided",
+            )
 
 
 def check_ignored(check: Check, ladd: LADDConfig, names: Sequence[str], by: str, found: str = "") -> None:

@@ -122,6 +122,14 @@ def test_what_goes_together(recipe, overrides):
     assert problems(load_config(recipe, overrides)) == []
 
 
+@pytest.mark.parametrize("option", ["independence_scale=0.1", "latent_denoiser=true"])
+@pytest.mark.parametrize("axis", ["pipeline", "context"])
+def test_what_calls_more_than_one_network_is_not_divided_along(option, axis):
+    found = problems(load_config(CO, [f"objective.{option}", f"parallel.{axis}=2"]))
+    assert any("needs the whole network in one process" in problem.what for problem in found)
+    assert not any("whole network" in problem.what for problem in problems(load_config(CO, [f"parallel.{axis}=2"])))
+
+
 def test_the_published_sizes():
     """arXiv 2510.18114: 1M steps of 512 rows, LM1B in rows of 128 and OpenWebText of 512."""
     for name, length in (("co_ladd_lm1b", 128), ("co_ladd_owt", 512), ("di_ladd_lm1b", 128), ("di_ladd_owt", 512)):

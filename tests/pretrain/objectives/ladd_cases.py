@@ -164,6 +164,18 @@ class ToyNetwork(Network):
         return SlotPrediction(logits, codes[:, None])
 
 
+class BlindDenoiser(torch.nn.Module):
+    """The latents' own denoiser: what `network` says of them when it sees no token."""
+
+    def __init__(self, network: ToyNetwork) -> None:
+        super().__init__()
+        self.network, self.calls = network, 0
+
+    def forward(self, latents, times, dropout=None) -> torch.Tensor:
+        self.calls += 1
+        return self.network(torch.full((len(latents), 2), MASK), latents, torch.ones_like(times), times).latents
+
+
 @dataclass(frozen=True)
 class ToyNoise(Noise):
     """Given uniforms of the tokens [B, 2] and of the code [B, 1], and a given normal [B] for the latent."""
