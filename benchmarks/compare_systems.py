@@ -36,7 +36,7 @@ ROWS: dict[str, list[str]] = {
     "RePlaid": ["objective.name=replaid"],
     "Co-LADD": ["objective.name=co_ladd"],
     "Di-LADD": ["objective.name=di_ladd"],
-    "ELF": ["objective.name=elf"],
+    "ELF": ["objective.name=elf", "model.cond_dim=128"],
 }
 """Row -> overrides of the recipe `compare_base`; {NAME} is the run of another row, which is trained before."""
 
