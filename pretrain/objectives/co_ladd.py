@@ -52,6 +52,8 @@ from .ladd import (
 class CoCorrupted(SlotCorrupted):
     """Noised tokens and Gaussian latents."""
 
+    by_position = (*SlotCorrupted.by_position, "noised_latents")
+
     time_weight: Tensor
     """Correction for the time shift, float32 [B]."""
     noised_latents: Tensor | None = None
@@ -140,7 +142,7 @@ class CoLADD(LADD):
     def denoise(self, latents: Tensor, times: Tensor, dropout: DropoutKey | None = None) -> Tensor:
         """What the latents' own denoiser says of y_0, [B, S, D]."""
         if dropout is not None:
-            slots = torch.arange(latents.shape[1], device=latents.device)
+            slots = self.context.start(latents.shape[1]) + torch.arange(latents.shape[1], device=latents.device)
             dropout = DropoutKey(fold_key(dropout.key, "latent_denoiser"), dropout.ordinals, slots)
         return self.latent_denoiser(latents, times, dropout)
 
@@ -166,8 +168,8 @@ class CoLADD(LADD):
             "latent_loss": (latent_weight * error)[:, None].expand_as(nats),
         }
         if self.config.latent_prior_scale:
-            prior = self.config.latent_prior_scale * corrupted.latent_targets.square().mean((1, 2)) / 2
-            terms["prior_loss"] = prior[:, None].expand_as(nats)
+            prior = self.context.mean(corrupted.latent_targets.square().mean(2)) / 2
+            terms["prior_loss"] = self.config.latent_prior_scale * prior[:, None].expand_as(nats)
         terms |= self.independence_terms(prediction, corrupted.masked)
         return sum_terms(terms, corrupted.loss_mask, corrupted.times)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from braid.data_pipeline.loader import Batch
 from braid.data_pipeline.tokenizers import Tokenizer
 from braid.kernels.random import fold_key
+from braid.parallel.context import UNDIVIDED
 from braid.parallel.layers import Region
 from braid.pretrain.config.schema import Config
 from braid.pretrain.diffusion.absorbing import mask_tokens, masked_cross_entropy
@@ -73,7 +74,7 @@ def given_latents_figure(path: str) -> Figure:
 class SlotCorrupted(TokenCorrupted):
     """Noised tokens and slots. `times` are the tokens'."""
 
-    by_position = (*TokenCorrupted.by_position, "latents", "latent_targets")
+    by_position = (*TokenCorrupted.by_position, "latents", "latent_targets", "without_tokens")
 
     latents: Tensor
     """What the network sees in the slots, float32 [B, S, D]."""
@@ -209,7 +210,8 @@ def build_latent_encoder(
         latent_dim=num_outputs,
         mask_id=tokenizer.mask_id,
         seed=fold_key(config.run.seed, "latent_encoder"),
-        region=region,
+        # It is part of the corruption, which is of whole sequences everywhere.
+        region=replace(region, context=UNDIVIDED),
     )
 
 

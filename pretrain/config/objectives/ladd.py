@@ -110,17 +110,15 @@ def check_ladd(check: Check, config: Config) -> None:
 
 
 def _check_plan(check: Check, config: Config) -> None:
-    """Pipeline and context divide one call of one network."""
-    ladd, plan = config.objective, config.parallel
+    """A pipeline divides one call of one network."""
+    ladd, pipeline = config.objective, config.parallel.pipeline
     more = {"independence_scale": ladd.independence_scale, "latent_denoiser": getattr(ladd, "latent_denoiser", False)}
-    axes = {"pipeline": plan.pipeline, "context": plan.context}
-    for name in (name for name, value in more.items() if value):
-        for axis in (axis for axis, size in axes.items() if size > 1):
-            check.add(
-                f"objective.{name} needs the whole network in one process: it calls more than the one that is divided",
-                found=f"parallel.{axis} = {axes[axis]}",
-                change=f"parallel.{axis}=1; the tensor axis and the batch can be divided",
-            )
+    for name in (name for name, value in more.items() if value and pipeline > 1):
+        check.add(
+            f"objective.{name} needs the whole network in one process: it calls more than the one that is divided",
+            found=f"parallel.pipeline = {pipeline}",
+            change="parallel.pipeline=1; tensor and context axes and the batch can be divided",
+        )
 
 
 def check_ignored(check: Check, ladd: LADDConfig, names: Sequence[str], by: str, found: str = "") -> None:

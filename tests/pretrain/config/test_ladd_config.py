@@ -123,11 +123,12 @@ def test_what_goes_together(recipe, overrides):
 
 
 @pytest.mark.parametrize("option", ["independence_scale=0.1", "latent_denoiser=true"])
-@pytest.mark.parametrize("axis", ["pipeline", "context"])
-def test_what_calls_more_than_one_network_is_not_divided_along(option, axis):
-    found = problems(load_config(CO, [f"objective.{option}", f"parallel.{axis}=2"]))
+def test_what_calls_more_than_one_network_is_not_divided_along_a_pipeline(option):
+    found = problems(load_config(CO, [f"objective.{option}", "parallel.pipeline=2"]))
     assert any("needs the whole network in one process" in problem.what for problem in found)
-    assert not any("whole network" in problem.what for problem in problems(load_config(CO, [f"parallel.{axis}=2"])))
+    others = problems(load_config(CO, ["parallel.pipeline=2"]))
+    others += problems(load_config(CO, [f"objective.{option}", "parallel.context=2"]))
+    assert not any("whole network" in problem.what for problem in others)
 
 
 def test_the_published_sizes():
