@@ -28,12 +28,17 @@ ROWS: dict[str, list[str]] = {
     "CCDD MDiT, table encoder": ["objective.name=ccdd"],
     "CCDD control: features, no latent diffusion": ["objective.name=ccdd", "objective.latent_mode=features"],
     "CCDD control: random table": ["objective.name=ccdd", "objective.encoder.kind=random"],
+    "CCDD control: embeddings of the MDLM row": [
+        "objective.name=ccdd",
+        "objective.encoder.kind=embeddings",
+        "objective.encoder.path={MDLM}",
+    ],
     "RePlaid": ["objective.name=replaid"],
     "Co-LADD": ["objective.name=co_ladd"],
     "Di-LADD": ["objective.name=di_ladd"],
-    "ELF": ["objective.name=elf"],
+    "ELF": ["objective.name=elf", "model.cond_dim=128"],
 }
-"""Row -> overrides of the recipe `compare_base`."""
+"""Row -> overrides of the recipe `compare_base`; {NAME} is the run of another row, which is trained before."""
 
 HEADLINES = ("nll", "bound", "token_bound")
 """The figure that stands for a row: what the tokens cost. Of joint models the bound whose latents come from the visible
@@ -55,6 +60,11 @@ SPEED += ["optimizer.warmup_steps=1", "optimizer.decay_steps=1"]
 
 def speed_run(run: Path) -> Path:
     return run.with_name(run.name + "_speed")
+
+
+def reads_another(overrides: list[str]) -> bool:
+    """Whether a row needs the run of another one."""
+    return any(override.startswith("objective.encoder.path=") for override in overrides)
 
 
 def braid(*words: object, log: Path | None = None, threads: int | None = None) -> None:
@@ -84,7 +94,8 @@ def main() -> None:
     data, judge = args.work / "data", args.work / "judge"
     rows = {name: overrides for name, overrides in ROWS.items()
             if not args.rows or any(word.lower() in name.lower() for word in args.rows)}  # fmt: skip
-    runs = {name: args.work / name.lower().translate(str.maketrans(" ,:=", "____")) for name in rows}
+    runs = {name: args.work / name.lower().translate(str.maketrans(" ,:=", "____")) for name in ROWS}
+    rows = {name: [override.format_map(runs) for override in overrides] for name, overrides in rows.items()}
     threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
 
     def train(run: Path, settings: list[str]) -> None:
@@ -109,13 +120,15 @@ def main() -> None:
               "--validation-fraction", "0.03")  # fmt: skip
         trained = [(judge, JUDGE + args.judge_settings)]
         trained += [(runs[name], overrides + args.settings) for name, overrides in rows.items()]
+        first = [one for one in trained if not reads_another(one[1])]
         with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(train, *zip(*trained, strict=True)))
+            for some in (first, [one for one in trained if one not in first]):
+                list(pool.map(lambda one: train(*one), some))
             list(pool.map(evaluate, rows))
         for name in rows:
             time(name)
     results = [row(name, run, json.loads((run / "comparison.json").read_text()))
-               for name, run in runs.items() if (run / "comparison.json").exists()]  # fmt: skip
+               for name, run in runs.items() if name in rows and (run / "comparison.json").exists()]  # fmt: skip
     (args.work / "table.json").write_text(json.dumps(results, indent=2) + "\n")
     text = table(results)
     (args.work / "table.md").write_text(text)

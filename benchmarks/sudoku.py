@@ -16,6 +16,7 @@ import json
 import random
 import shlex
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 RECIPES = ("sudoku_mdlm", "sudoku_ccdd")
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--steps", default="1,2,3,5,10,20,81", help="numbers of denoising steps")
     parser.add_argument("--puzzles", type=int, default=500, help="held-out puzzles answered")
     parser.add_argument("--overrides", nargs="*", default=[], help="key=value for both recipes")
+    parser.add_argument("--jobs", type=int, default=1, help="recipes at a time")
     args = parser.parse_args()
 
     args.work.mkdir(parents=True, exist_ok=True)
@@ -91,12 +93,16 @@ def main() -> None:
         fraction = 0.5 if name == "heldout" else 0.001
         braid("prepare", "--pairs", "--input", source, "--tokenizer", "bytes", "--output", args.work / name,
               "--validation-fraction", fraction)  # fmt: skip
-    for recipe in RECIPES:
+
+    def train_and_answer(recipe: str) -> None:
         run = args.work / recipe
         braid("pretrain", recipe, f"run.dir={run}", f"data.path={args.work / 'data'}", *args.overrides)
         braid("evaluate", run, "--data", args.work / "heldout", "--metrics", "bound,conditional",
               "--sequences", args.puzzles, "--samples", args.puzzles, "--sample-steps", args.steps,
               "--batch-size", 100, "--json", run / "sudoku.json")  # fmt: skip
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(train_and_answer, RECIPES))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,15 @@ READ_BY_SAMPLER: dict[str, Callable[[str], bool]] = {
 def sampler_name(sampling: SamplingConfig, objective: ObjectiveConfig) -> str:
     """The sampler in use: the one asked for, or the objective's default. Raises ConfigError where there is none."""
     require_sampler(objective)
-    return sampling.sampler or SAMPLERS[objective.name][0]
+    return sampling.sampler or samplers(objective)[0]
+
+
+def samplers(objective: ObjectiveConfig) -> tuple[str, ...]:
+    """Those that such a model can be sampled by, its default first."""
+    known = SAMPLERS[objective.name]
+    if getattr(objective, "latent_denoiser", False):  # which is never trained beside noised tokens
+        known = tuple(name for name in known if name.startswith("sequential"))
+    return known
 
 
 def require_sampler(objective: ObjectiveConfig) -> None:
@@ -66,7 +74,7 @@ def check_sampling(
         what = f"{named('sampler')} = {sampling.sampler!r} is ignored by objective.name = {objective.name!r}"
         check.add(what, change=f"leave out {named('sampler')}")
     elif sampling.sampler:
-        check.one_of(named("sampler"), sampling.sampler, SAMPLERS[objective.name])
+        check.one_of(named("sampler"), sampling.sampler, samplers(objective))
     for field in fields(SamplingConfig):
         value = getattr(sampling, field.name)
         unread = field.name not in read_fields(objective)

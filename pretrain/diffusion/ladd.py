@@ -8,6 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from braid.parallel.vocabulary import Vocabulary
+
+DELAYED_SHARE = 0.2
+"""Of a delayed warm-up, what comes before the latents' loss does."""
 GOLDEN = (math.sqrt(5) - 1) / 2
 COSINE_OFFSET = 0.008
 LAST_TIME = 1 - 2.0**-40
@@ -101,6 +105,25 @@ def shifted_times(t: Tensor, factor: float) -> tuple[Tensor, Tensor]:
     """
     divisor = 1 + (factor - 1) * t
     return factor * t / divisor, factor / divisor.square()
+
+
+def warmup_factor(name: str, step: int, num_steps: int) -> float:
+    """Factor of the latents' loss `step` steps after its start: `none` 1; `linear` from 0 to 1 over `num_steps`;
+    `delayed` 0 for a fifth of them, then linear to 1 at their end."""
+    if name == "none":
+        return 1.0
+    start = {"linear": 0.0, "delayed": DELAYED_SHARE}[name]
+    return min(1.0, max(0.0, (step / num_steps - start) / (1 - start)))
+
+
+def independence_nats(logits: Tensor, without_tokens: Tensor, mask_id: int, vocabulary: Vocabulary) -> Tensor:
+    """KL(p || q) in nats, [...], of the clean token under p = softmax(logits), which is constant here, and
+    q = softmax(without_tokens), logits [..., V]: what the visible tokens say of it beyond the latents (LADD, B4)."""
+    log_p = vocabulary.log_softmax(vocabulary.without(logits.detach(), mask_id))
+    log_q = vocabulary.log_softmax(vocabulary.without(without_tokens, mask_id))
+    possible = log_p.isfinite()
+    terms = log_p.exp() * (log_p - log_q.masked_fill(~possible, 0.0)).masked_fill(~possible, 0.0)
+    return vocabulary.sum(terms.sum(-1))
 
 
 def second_strata(index: Tensor, shift: Tensor) -> Tensor:

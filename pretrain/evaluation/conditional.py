@@ -78,14 +78,15 @@ def measure_answers(found: Answers, decode: Callable[[list[int]], str]) -> dict[
     answers, references = ([decode(ids) for ids in side] for side in (found.answers, found.references))
     score, signature = bleu(answers, references, lowercase=True)
     cased, _ = bleu(answers, references, lowercase=False)
-    matches = token_matches(found.answers, found.references)
+    accuracy, error = share_and_error(token_matches(found.answers, found.references), [*map(len, found.references)])
     result: dict[str, Any] = {
         "network_calls": found.network_calls,
         "num": len(answers),
         "bleu": score,
         "bleu_cased": cased,
         "bleu_signature": signature,
-        "token_accuracy": 100 * matches.sum() / max(1, sum(map(len, found.references))),
+        "token_accuracy": accuracy,
+        "token_accuracy_standard_error": error,
     }
     exact = 100.0 * exact_match(found.answers, found.references)
     for name, values in {**rouge(answers, references), "exact_match": exact}.items():
@@ -129,6 +130,17 @@ def token_matches(answers: Sequence[list[int]], references: Sequence[list[int]])
             for answer, reference in zip(answers, references, strict=True)
         ]
     )
+
+
+def share_and_error(matches: Sequence[int], lengths: Sequence[int]) -> tuple[float, float | None]:
+    """Percent of all tokens that match, and its standard error over the texts: that of a ratio of two means (None for a
+    single text)."""
+    matches, lengths = np.asarray(matches, dtype=float), np.asarray(lengths, dtype=float)
+    total = max(1.0, lengths.sum())
+    share = matches.sum() / total
+    if len(matches) < 2:
+        return 100 * share, None
+    return 100 * share, float(100 * np.std(matches - share * lengths, ddof=1) * len(matches) ** 0.5 / total)
 
 
 def _until_eos(ids: list[int], eos_id: int) -> list[int]:

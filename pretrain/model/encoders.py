@@ -22,6 +22,8 @@ from braid.pretrain.config.objectives.encoder import EncoderConfig
 from braid.pretrain.model.table_encoder import load_or_build_table
 
 UNKNOWN_KEY = 0x5EED0F7AB1E
+TABLE_FLOOR = 1e-12
+"""Variance floor of a table that is standardised whole: short rows keep the length that all have."""
 
 
 class Encoder(ABC):
@@ -92,7 +94,7 @@ def corpus_table(config: EncoderConfig, corpus_folder: Path, vocab_size: int) ->
     unknown_V1 = (table_VD == 0).all(dim=-1, keepdim=True)
     filled_VD = torch.where(unknown_V1, initial_normal(UNKNOWN_KEY, "encoder.unknown", table_VD.shape), table_VD)
     # Rare tokens have short rows; scaled here, the variance floor of `encode` does not shorten them further.
-    return standardise(filled_VD, variance_floor=1e-12)
+    return standardise(filled_VD, TABLE_FLOOR)
 
 
 def build_encoder(
@@ -134,10 +136,14 @@ def build_encoder(
         table_VD = corpus_table(config, corpus_folder, vocab_size)
     elif config.kind == "random":
         table_VD = initial_normal(key, "encoder.random", (vocab_size, config.latent_dim))
+    elif config.kind == "embeddings":
+        from braid.pretrain.model.embedding_table import load_embedding_table  # which loads models, and their encoders
+
+        table_VD = standardise(load_embedding_table(config, corpus_folder=corpus_folder), TABLE_FLOOR)
     else:
         raise ConfigError(
             "Unknown encoder",
             found=f"objective.encoder.kind={config.kind}",
-            change="table, random, huggingface or trained",
+            change="table, random, embeddings, huggingface or trained",
         )
     return TableEncoder(table_VD.to(device), mask_id=mask_id, variance_floor=config.variance_floor)

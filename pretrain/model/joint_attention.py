@@ -32,6 +32,8 @@ class SlotPrediction(NamedTuple):
     """Raw logits [B, L, V], float32; the mask token's column included. Of a divided network this process's columns."""
     latents: Tensor
     """About every slot [B, S, O], float32: the clean latent, or logits of its code (the mask's column included)."""
+    without_tokens: Tensor | None = None
+    """Logits as above of a second call that saw the slots alone; for LADD's independence loss."""
 
 
 Masks = tuple[Tensor, Tensor]

@@ -1,4 +1,4 @@
-"""The encoder of Di-LADD that is learnt with the denoiser: a transformer whose last S outputs are the latent slots."""
+"""The encoder of LADD that is learnt with the denoiser: a transformer whose last S outputs are the latent slots."""
 
 from __future__ import annotations
 

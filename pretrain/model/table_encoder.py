@@ -124,13 +124,18 @@ def stream_chunks(corpus: TokenCorpus, max_tokens: int = MAX_TOKENS) -> Iterator
 def load_or_build_table(corpus_folder: Path, *, latent_dim: int, window: int, vocab_size: int, path: str) -> np.ndarray:
     """The table of the training split below `corpus_folder`, from its file or built and written there.
 
-    The file is `path`, or `encoder_table_<hash of the settings>.npz` in `corpus_folder` when `path` is empty. An
-    existing file made with other settings or from another corpus is an InputError. Several processes may build it at
-    once: each builds the same table and the file is replaced in one piece.
+    The file is `path`, or `encoder_table_<hash of the settings>.npz` in the folder `path` (`corpus_folder` when it is
+    empty), where it is built if it is missing. A `path` that does not exist is an InputError, and so is a file made
+    with other settings or from another corpus. Several processes may build it at once: each builds the same table and
+    the file is replaced in one piece.
     """
     corpus = TokenCorpus.open(corpus_folder, "train")
     settings = TableSettings(latent_dim, window, vocab_size, corpus.fingerprint)
-    file = Path(path) if path else corpus_folder / settings.file_name()
+    file = Path(path) if path else corpus_folder
+    if not file.exists():
+        change = "correct objective.encoder.path, or make the folder that tables are to be kept in"
+        raise InputError("There is no encoder table", found=f"no {file}", change=change)
+    file = file / settings.file_name() if file.is_dir() else file
     if not file.exists():
         _write(file, build_table(stream_chunks(corpus), settings, corpus.tokenizer.eos_id), settings)
     return _read(file, settings)
@@ -152,7 +157,7 @@ def _write(file: Path, table: np.ndarray, settings: TableSettings) -> None:
         raise InputError(
             "The encoder table cannot be written",
             found=f"{file}: {error.strerror}",
-            change="make the folder writable, or set objective.encoder.path to a file elsewhere",
+            change="make the folder writable, or set objective.encoder.path to a folder elsewhere",
         ) from error
 
 

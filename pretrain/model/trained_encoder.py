@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from braid.data_pipeline.corpus import TokenCorpus
 from braid.data_pipeline.packing import Rows
-from braid.data_pipeline.tokenizers import load_tokenizer
 from braid.kernels.errors import ConfigError, InputError
 from braid.pretrain.checkpoint.files import write_atomically
 from braid.pretrain.config.objectives.encoder import EncoderConfig
+from braid.pretrain.model.frozen_run import load_frozen_run, require_width
 from braid.pretrain.model.huggingface_encoder import HuggingFaceEncoder
 
 if TYPE_CHECKING:
@@ -59,12 +59,8 @@ def load_trained_encoder(
     Raises ConfigError (no path, not of a `t5` run, narrower than the latents), InputError (other tokenizer than the
     corpus's, nothing to measure on, folder not writable) and CheckpointError (nothing valid there).
     """
-    from braid.pretrain.checkpoint.snapshot import load_model  # which builds objectives, and these their encoders
-
-    if not config.path:
-        change = "objective.encoder.path: the run directory, or a checkpoint, of a run with objective.name=t5"
-        raise ConfigError("No encoder is named", found="objective.encoder.path is empty", change=change)
-    model = load_model(Path(config.path), device)
+    wanted = "a run with objective.name=t5"
+    model = load_frozen_run(config, corpus_folder=corpus_folder, device=device, wanted=wanted)
     name = model.config.objective.name
     if name != "t5":
         raise ConfigError(
@@ -72,21 +68,7 @@ def load_trained_encoder(
             found=f"objective.name = {name!r} in {config.path}",
             change="train one with `braid pretrain t5_small_owt`, or a recipe of your own with objective.name=t5",
         )
-    ours = load_tokenizer(corpus_folder / "tokenizer")
-    if ours.hash != model.tokenizer.hash:
-        raise InputError(
-            "The encoder's tokenizer is not the corpus's",
-            found=f"encoder {model.tokenizer.hash[:16]} ({model.tokenizer.vocab_size} ids), "
-            f"corpus {ours.hash[:16]} ({ours.vocab_size} ids)",
-            change=f"prepare the corpus with --tokenizer {model.path / 'tokenizer'}, or train an encoder on this one",
-        )
-    width = model.config.model.width
-    if config.latent_dim > width:
-        raise ConfigError(
-            "The encoder's representations are narrower than the latents",
-            found=f"objective.encoder.latent_dim={config.latent_dim}, width {width}",
-            change="objective.encoder.latent_dim",
-        )
+    require_width(config.latent_dim, model.config.model.width)
     stack = model.objective.network.encoder.eval().requires_grad_(False)
     stack.embed_tokens = model.objective.network.embedding.requires_grad_(False)
     return HuggingFaceEncoder(

@@ -28,6 +28,7 @@ from braid.data_pipeline.tokenizers import Tokenizer
 from braid.kernels import random
 from braid.kernels.random import Stream
 from braid.parallel.context import Context
+from braid.pretrain.diffusion.gumbel import gumbels
 from braid.pretrain.diffusion.times import evaluation_strata, time_buckets, training_strata
 from braid.pretrain.model.blocks import DropoutKey
 from braid.pretrain.model.network import Network
@@ -90,6 +91,13 @@ class Noise:
         """Uniform integers in [0, n), int64 [B, L], independent of the uniforms of word 0."""
         positions = torch.arange(num_positions, device=self.ordinals.device)
         return random.integers(self.key, Stream.TOKEN, self.ordinals, positions, n, draw=self.draw)
+
+    def gumbels(self, num_positions: int, num_channels: int) -> Tensor:
+        """Standard Gumbel variables, float64 [B, L, channels]."""
+        key, positions = random.fold_key(self.key, "gumbel"), torch.arange(num_positions, device=self.ordinals.device)
+        num_blocks = -(-num_channels // 4)
+        words = random.words(key, Stream.CATEGORICAL, self.ordinals, positions, draw=self.draw, num_blocks=num_blocks)
+        return gumbels(words.flatten(2)[..., :num_channels])
 
     def coins(self, which: int) -> Tensor:
         """One uniform in (0, 1) per sequence, float64 [B]. Number 0 belongs to the times."""

@@ -22,11 +22,12 @@ from braid.kernels.random import fold_key
 from braid.parallel.layers import ALONE, Region
 from braid.pretrain.config.schema import Config
 from braid.pretrain.diffusion.absorbing import mask_tokens, masked_cross_entropy
+from braid.pretrain.diffusion.gumbel import temperature
 from braid.pretrain.diffusion.ladd import Survival, second_strata
 from braid.pretrain.diffusion.times import to_range
-from braid.pretrain.model.blocks import DropoutKey
 from braid.pretrain.model.codebook import Codebook
 from braid.pretrain.model.encoders import Encoder
+from braid.pretrain.model.gumbel_codebook import GumbelCodebook
 from braid.pretrain.model.joint_attention import JointDenoiser, SlotPrediction
 from braid.pretrain.model.latent_encoder import LatentEncoder
 
@@ -38,6 +39,8 @@ from .ladd import (
     SURVIVAL,
     TOKEN_BOUND,
     SlotCorrupted,
+    build_latent_encoder,
+    extra_passes,
     given_latents_figure,
     joint_figure,
     sequential_figure,
@@ -71,13 +74,12 @@ class DiLADD(LADD):
         config: Any,
         network: JointDenoiser,
         encoder: Encoder | None,
-        codebook: Codebook,
+        codebook: Codebook | GumbelCodebook,
         latent_encoder: LatentEncoder | None = None,
         **ids: int,
     ) -> None:
-        super().__init__(config, network, encoder, **ids)
-        assert (encoder is None) != (latent_encoder is None), "the slots come from one encoder"
-        self.codebook, self.latent_encoder = codebook, latent_encoder
+        super().__init__(config, network, encoder, latent_encoder, **ids)
+        self.codebook = codebook
         self.mask_code = config.codebook_size - 1
         power = config.latent_power if config.latent_schedule == "poly" else 1.0
         self.code_survival, self.training_code_survival = Survival(power), Survival(power, config.time_eps)
@@ -98,17 +100,20 @@ class DiLADD(LADD):
 
     # -- latents -----------------------------------------------------------------------------------------------
 
-    def raw_slots(self, batch: Batch, hidden_BL: Tensor, dropout: DropoutKey | None = None) -> Tensor:
-        """[B, S, D], float32 whatever autocast says, with a gradient where the encoder is learnt."""
-        if self.latent_encoder is None:
-            return self.frozen_slots(batch, hidden_BL)
-        with torch.autocast(batch.tokens.device.type, enabled=False):
-            return self.latent_encoder(batch.tokens, hidden_BL, dropout)
-
     def codes(self, batch: Batch, hidden_BL: Tensor) -> tuple[Tensor, Tensor]:
         """Code vectors [B, S, D] and codes int64 [B, S] of the text but for its hidden tokens."""
         with torch.autocast(batch.tokens.device.type, enabled=False):
             return self.codebook.quantise(self.raw_slots(batch, hidden_BL))[:2]
+
+    def drawn_codes(self, slots: Tensor, noise: Noise) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """In training: code vectors [B, S, D], codes [B, S], commitment [B], and what the codebook's update needs."""
+        if self.config.quantiser == "vq":
+            found = self.codebook.quantise(slots)
+            return *found, self.codebook.statistics(slots, found[1], noise.index, noise.shift, noise.batch_size)
+        gumbel, config = noise.gumbels(*slots.shape[1:]), self.config
+        tau = temperature(self.step, config.gumbel_start, config.gumbel_end, config.gumbel_steps)
+        vectors, codes = self.codebook.draw(slots, gumbel, tau)
+        return vectors, codes, slots.new_zeros(len(slots)), self.codebook.statistics(codes)
 
     def mask_codes(self, codes_BS: Tensor, noise: Noise, times: Tensor, survival: Survival) -> Tensor:
         """Where the codes are masked, bool [B, S]."""
@@ -133,9 +138,8 @@ class DiLADD(LADD):
             latent_times = to_range(second_strata(noise.index, noise.shift), eps)
         tokens, masked = self.mask_text(batch, noise, times, self.training_survival)
         dropout = noise.dropout_key(length)
-        encoder_dropout = DropoutKey(fold_key(dropout.key, "latent_encoder"), dropout.ordinals, dropout.positions)
-        slots = self.raw_slots(batch, self.hidden_tokens(masked, noise), encoder_dropout)
-        vectors, codes, commitment = self.codebook.quantise(slots)
+        slots = self.raw_slots(batch, self.hidden_tokens(masked, noise), dropout)
+        vectors, codes, commitment, statistics = self.drawn_codes(slots, noise)
         kept = self.latents_kept(noise)
         masked_codes = self.mask_codes(codes, noise, latent_times, self.training_code_survival) | ~kept[:, None]
         return DiCorrupted(
@@ -150,7 +154,8 @@ class DiLADD(LADD):
             latent_weight=kept.float(),
             masked_codes=masked_codes,
             commitment=commitment,
-            statistics=self.codebook.statistics(slots, codes, noise.index, noise.shift, noise.batch_size),
+            statistics=statistics,
+            without_tokens=self.blind_tokens(batch),
             dropout=dropout,
         )
 
@@ -161,7 +166,8 @@ class DiLADD(LADD):
         code_nats = self.code_nats(prediction, corrupted.latent_targets, corrupted.masked_codes)
         latent_loss = self.latent_scale() * corrupted.latent_weight * self.context.mean(code_nats)
         terms = {"token_loss": nats, "latent_loss": latent_loss[:, None].expand_as(nats)}
-        if self.latent_encoder is not None:
+        terms |= self.independence_terms(prediction, corrupted.masked)
+        if self.latent_encoder is not None and self.config.quantiser == "vq":
             terms["commitment_loss"] = self.config.commitment * corrupted.commitment[:, None].expand_as(nats)
         loss = sum_terms(terms, corrupted.loss_mask, corrupted.times, corrupted.statistics)
         perplexity, replaced = self.codebook.usage()
@@ -221,39 +227,32 @@ def build(config: Config, tokenizer: Tokenizer, encoder: Encoder | None, region:
     """From a configuration, the corpus's tokenizer and the frozen encoder, or none where it is learnt."""
     ladd, seed = config.objective, config.run.seed
     latent_dim = ladd.encoder.latent_dim
-    common = {
-        "vocab_size": tokenizer.vocab_size,
-        "num_slots": ladd.num_slots,
-        "latent_dim": latent_dim,
-        "region": region,
-    }
     network = JointDenoiser(
         config.model,
-        **common,
+        vocab_size=tokenizer.vocab_size,
+        num_slots=ladd.num_slots,
+        latent_dim=latent_dim,
         latent_outputs=ladd.codebook_size,
         latent_positions=ladd.latent_positions,
         times=ladd.time_conditioning,
         masked_latents=True,
         seed=seed,
+        region=region,
     )
-    codebook = Codebook(
-        ladd.codebook_size - 1,
-        latent_dim,
-        decay=ladd.codebook_decay,
-        dead_below=ladd.codebook_dead_below,
-        settling=ladd.codebook_settling,
-        seed=fold_key(seed, "codebook"),
-    )
-    latent_encoder = None
-    if ladd.encoder.kind == "learned":
-        model = replace(config.model, num_layers=ladd.encoder_layers or config.model.num_layers)
-        latent_encoder = LatentEncoder(
-            model, **common, mask_id=tokenizer.mask_id, seed=fold_key(seed, "latent_encoder")
+    num_codes, key = ladd.codebook_size - 1, fold_key(seed, "codebook")
+    if ladd.quantiser == "gumbel":
+        codebook = GumbelCodebook(num_codes, latent_dim, seed=key)
+    else:
+        codebook = Codebook(
+            num_codes,
+            latent_dim,
+            decay=ladd.codebook_decay,
+            dead_below=ladd.codebook_dead_below,
+            settling=ladd.codebook_settling,
+            seed=key,
         )
+    num_outputs = num_codes if ladd.quantiser == "gumbel" else latent_dim
+    latent_encoder = build_latent_encoder(config, tokenizer, region, num_outputs)
     objective = DiLADD(ladd, network, encoder, codebook, latent_encoder, **special_ids(tokenizer))
-    if latent_encoder is not None:
-        # Forward and backward are three forward passes; in units of the denoiser's.
-        length = config.data.sequence_length
-        share = latent_encoder.training_flops(length).total / network.training_flops(length).total
-        objective.extra_forward_passes = 3 * share
+    objective.extra_forward_passes = extra_passes(config, network, latent_encoder)
     return objective

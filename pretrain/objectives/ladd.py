@@ -12,22 +12,31 @@ made from the visible tokens only ("token bound").
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from braid.data_pipeline.loader import Batch
+from braid.data_pipeline.tokenizers import Tokenizer
+from braid.kernels.random import fold_key
+from braid.parallel.context import UNDIVIDED
+from braid.parallel.layers import Region
+from braid.pretrain.config.schema import Config
 from braid.pretrain.diffusion.absorbing import mask_tokens, masked_cross_entropy
-from braid.pretrain.diffusion.ladd import Survival
+from braid.pretrain.diffusion.ladd import Survival, independence_nats, warmup_factor
+from braid.pretrain.model.blocks import DropoutKey
 from braid.pretrain.model.encoders import Encoder
 from braid.pretrain.model.joint_attention import JointDenoiser, SlotPrediction
+from braid.pretrain.model.latent_encoder import LatentEncoder
+from braid.pretrain.model.network import Network
 from braid.pretrain.model.pooling import encode_slots
 
 from .base import Figure, Noise, Objective, TokenCorrupted, sum_positions
 
 HIDING_LEVEL_COIN, HIDING_COIN, LATENT_DROPOUT_COIN = 1, 2, 3
+ENCODER_MASKING_WORD = 2
 BOUND_TIME_MIN = 1e-5
 SURVIVAL = Survival()
 
@@ -65,7 +74,7 @@ def given_latents_figure(path: str) -> Figure:
 class SlotCorrupted(TokenCorrupted):
     """Noised tokens and slots. `times` are the tokens'."""
 
-    by_position = (*TokenCorrupted.by_position, "latents", "latent_targets")
+    by_position = (*TokenCorrupted.by_position, "latents", "latent_targets", "without_tokens")
 
     latents: Tensor
     """What the network sees in the slots, float32 [B, S, D]."""
@@ -75,6 +84,8 @@ class SlotCorrupted(TokenCorrupted):
     """Clean latents, float32 [B, S, D], or codes, int64 [B, S]."""
     latent_weight: Tensor | None = None
     """0 where the latent loss is off (latent dropout), float32 [B]."""
+    without_tokens: Tensor | None = None
+    """x_1, int64 [B, L], where the network is called a second time with it."""
 
 
 class LADD(Objective):
@@ -82,10 +93,18 @@ class LADD(Objective):
 
     network: JointDenoiser
 
-    def __init__(self, config: Any, network: JointDenoiser, encoder: Encoder | None, **ids: int) -> None:
+    def __init__(
+        self,
+        config: Any,
+        network: JointDenoiser,
+        encoder: Encoder | None,
+        latent_encoder: LatentEncoder | None = None,
+        **ids: int,
+    ) -> None:
         super().__init__(config, network, **ids)
+        assert (encoder is None) != (latent_encoder is None), "the slots come from one encoder"
         assert encoder is None or not encoder.leaky, "LADD hides tokens before the encoder"
-        self.encoder = encoder
+        self.encoder, self.latent_encoder = encoder, latent_encoder
         self.training_survival = Survival(eps=config.time_eps)
 
     # -- corruption --------------------------------------------------------------------------------------------
@@ -101,9 +120,22 @@ class LADD(Objective):
 
     def hidden_tokens(self, masked_BL: Tensor, noise: Noise) -> Tensor:
         """What the encoder does not see in training: with a probability r ~ U[0, hidden_max] of its own, a sequence's
-        masked tokens, all of them."""
+        masked tokens, all of them; and any token with probability `encoder_masking`."""
         level = self.config.hidden_max * noise.coins(HIDING_LEVEL_COIN)
-        return masked_BL & (noise.coins(HIDING_COIN) < level)[:, None]
+        hidden_BL = masked_BL & (noise.coins(HIDING_COIN) < level)[:, None]
+        if self.config.encoder_masking:
+            uniforms_BL = noise.uniforms(masked_BL.shape[1], word=ENCODER_MASKING_WORD)
+            hidden_BL = hidden_BL | (uniforms_BL < self.config.encoder_masking)
+        return hidden_BL
+
+    def raw_slots(self, batch: Batch, hidden_BL: Tensor, dropout: DropoutKey | None = None) -> Tensor:
+        """[B, S, D], float32 whatever autocast says, with a gradient where the encoder is learnt."""
+        if self.latent_encoder is None:
+            return self.frozen_slots(batch, hidden_BL)
+        if dropout is not None:
+            dropout = replace(dropout, key=fold_key(dropout.key, "latent_encoder"))
+        with torch.autocast(batch.tokens.device.type, enabled=False):
+            return self.latent_encoder(batch.tokens, hidden_BL, dropout)
 
     def frozen_slots(self, batch: Batch, hidden_BL: Tensor) -> Tensor:
         """Pooled raw representations [B, S, D] by the frozen encoder, float32 whatever autocast says."""
@@ -119,15 +151,34 @@ class LADD(Objective):
 
     def call(self, corrupted: SlotCorrupted) -> SlotPrediction:
         dropout = corrupted.dropout if self.training else None
-        return self.network(corrupted.tokens, corrupted.latents, corrupted.times, corrupted.latent_times, dropout)
+        latents, times = corrupted.latents, corrupted.latent_times
+        prediction = self.network(corrupted.tokens, latents, corrupted.times, times, dropout)
+        if corrupted.without_tokens is None:
+            return prediction
+        blind = self.network(corrupted.without_tokens, latents, torch.ones_like(corrupted.times), times, dropout)
+        return prediction._replace(without_tokens=blind.logits)
 
     def token_nats(self, prediction: SlotPrediction, targets: Tensor, masked: Tensor) -> Tensor:
         """Cross-entropy of masked tokens, [B, L]."""
         return masked_cross_entropy(prediction.logits, targets, masked, self.mask_id, self.vocabulary)
 
     def latent_scale(self) -> float:
-        """Factor of the latent loss: 0 in stage one."""
-        return self.config.latent_scale if self.step >= self.config.stage_one_steps else 0.0
+        """Factor of the latent loss: 0 in stage one, then as the warm-up says."""
+        config, steps = self.config, self.step - self.config.stage_one_steps
+        return (
+            config.latent_scale * warmup_factor(config.latent_warmup, steps, config.latent_warmup_steps) * (steps >= 0)
+        )
+
+    def blind_tokens(self, batch: Batch) -> Tensor | None:
+        """x_1 where a second call of the network is to see it."""
+        return self.mask_all(batch)[0] if self.config.independence_scale else None
+
+    def independence_terms(self, prediction: SlotPrediction, masked_BL: Tensor) -> dict[str, Tensor]:
+        """The independence loss of masked tokens [B, L], where it is asked for."""
+        if prediction.without_tokens is None:
+            return {}
+        nats = independence_nats(prediction.logits, prediction.without_tokens, self.mask_id, self.vocabulary)
+        return {"independence_loss": self.config.independence_scale * torch.where(masked_BL, nats, 0.0)}
 
     def bound_terms(
         self,
@@ -143,3 +194,31 @@ class LADD(Objective):
         prediction = self.network(tokens, latents_BSD, times_B, latent_times_B)
         nats = self.token_nats(prediction, batch.tokens, masked)
         return sum_positions(nats, batch.loss_mask), prediction
+
+
+def build_latent_encoder(
+    config: Config, tokenizer: Tokenizer, region: Region, num_outputs: int
+) -> LatentEncoder | None:
+    """The encoder that is learnt, where it is, with slots of `num_outputs` dimensions."""
+    ladd = config.objective
+    if ladd.encoder.kind != "learned":
+        return None
+    return LatentEncoder(
+        replace(config.model, num_layers=ladd.encoder_layers or config.model.num_layers),
+        vocab_size=tokenizer.vocab_size,
+        num_slots=ladd.num_slots,
+        latent_dim=num_outputs,
+        mask_id=tokenizer.mask_id,
+        seed=fold_key(config.run.seed, "latent_encoder"),
+        # It is part of the corruption, which is of whole sequences everywhere.
+        region=replace(region, context=UNDIVIDED),
+    )
+
+
+def extra_passes(config: Config, network: JointDenoiser, *others: Network | None) -> float:
+    """What a training step computes beside a forward and backward pass of `network`, in its forward passes: those of
+    `others` and of the independence loss."""
+    length = config.data.sequence_length
+    whole = network.training_flops(length).total
+    share = sum(other.training_flops(length).total / whole for other in others if other is not None)
+    return 3 * (share + (config.objective.independence_scale > 0))

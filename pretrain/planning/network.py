@@ -19,6 +19,8 @@ from braid.pretrain.training.precision import cast_by_autocast
 
 PARTS = ("blocks", "embedding", "heads", "other", "objective")
 """What a parameter belongs to; the last is what an objective owns beside its network."""
+TABLES = ("table", "random", "embeddings")
+"""Kinds of encoder that are a vector for every token."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def frozen_encoder_bytes(config: Config, vocab_size: int) -> float | None:
     if not needs_encoder(config):
         return 0.0
     encoder = config.objective.encoder
-    return 4.0 * vocab_size * encoder.latent_dim if encoder.kind in ("table", "random") else None
+    return 4.0 * vocab_size * encoder.latent_dim if encoder.kind in TABLES else None
 
 
 def _part(name: str, network: Network) -> str:

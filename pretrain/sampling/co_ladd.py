@@ -1,13 +1,15 @@
 """Sampling Co-LADD: `joint` (tokens and latents from the same calls) or `sequential` (all latents, then the text).
 
 Latents move by DDIM, or by ancestral steps where the sampler's name ends in `_ddpm`. Their last state is y at t = 0 of
-the process, which keeps a trace of noise (variance time_eps), as the network has seen them there.
+the process, which keeps a trace of noise (variance time_eps), as the network has seen them there. A denoiser of the
+latents' own sees no text, so it cannot make them fit a prompt.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from braid.kernels.errors import ConfigError
 from braid.pretrain.diffusion.gaussian import ddim_step, ddpm_step
 from braid.pretrain.objectives.co_ladd import CoLADD
 
@@ -18,7 +20,14 @@ from .prompts import Prompt
 
 
 def sample(objective: CoLADD, prompt: Prompt, draws: Draws) -> Tensor:
-    """Tokens int64 [N, L]; the latents are thrown away at the end."""
+    """Tokens int64 [N, L]; the latents are thrown away at the end. Raises ConfigError for a prompt that they would not
+    know of."""
+    if objective.latent_denoiser is not None and prompt.known.any():
+        raise ConfigError(
+            "the latents of this model are made without the text, so they cannot fit a prompt",
+            found="objective.latent_denoiser = true, and known tokens",
+            change="leave the prompt out, or sample a model with objective.latent_denoiser=false",
+        )
     tokens = start(objective, prompt)
     latents = draws.fixed_normals(objective.network.num_slots, objective.network.latent_dim)
     if draws.sampler.startswith("sequential"):
@@ -39,7 +48,11 @@ def _sequential(objective: CoLADD, tokens: Tensor, latents: Tensor, draws: Draws
     steps = latent_steps(objective, draws)
     times = draws.times(steps)
     for step, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
-        yhat = call(objective, tokens, latents, 1.0, t, draws, everyone(draws)).latents
+        if objective.latent_denoiser is not None:
+            draws.call()
+            yhat = objective.denoise(latents, draws.batch_times(t))
+        else:
+            yhat = call(objective, tokens, latents, 1.0, t, draws, everyone(draws)).latents
         latents = _latent_step(objective, latents, yhat, t, s, step, draws)
         draws.frame(1.0, tokens, latents)
         draws.progress(step + 1, steps + draws.settings.steps)

@@ -26,7 +26,7 @@ def start(objective: LADD, prompt: Prompt) -> Tensor:
 
 def latent_steps(objective: LADD, draws: Draws) -> int:
     """Steps of the latents in sequential sampling. Raises ConfigError where the model cannot be sampled that way."""
-    if not objective.config.independent_times:
+    if not objective.config.independent_times and not getattr(objective.config, "latent_denoiser", False):
         raise ConfigError(
             f"sampler {draws.sampler} shows the network times it was never trained at",
             found="objective.independent_times = false: tokens and latents always had the same time",

@@ -66,10 +66,25 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
         CoLADDConfig(encoder=ENCODER, num_slots=NUM_SLOTS, latent_positions="learned", independent_times=True),
         DROPOUT,
     ),
+    "co_ladd-own-denoiser": (
+        CoLADDConfig(
+            encoder=LEARNED,
+            num_slots=NUM_SLOTS,
+            latent_denoiser=True,
+            latent_norm="none",
+            latent_prior_scale=0.1,
+            independence_scale=0.5,
+        ),
+        DROPOUT,
+    ),
     "di_ladd": (DiLADDConfig(encoder=ENCODER, num_slots=NUM_SLOTS, codebook_size=8), {}),
     "di_ladd-learned": (
         DiLADDConfig(encoder=LEARNED, num_slots=NUM_SLOTS, codebook_size=8),
         DROPOUT | RECOMPUTED,
+    ),
+    "di_ladd-gumbel": (
+        DiLADDConfig(encoder=LEARNED, num_slots=NUM_SLOTS, codebook_size=8, quantiser="gumbel", encoder_masking=0.2),
+        RECOMPUTED,
     ),
     "elf": (ELFConfig(encoder=ENCODER, decode_probability=0.5, bottleneck=4), RECOMPUTED),
 }

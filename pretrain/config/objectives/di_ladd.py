@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from braid.pretrain.config.check import Check
 
-from .encoder import EncoderConfig, check_encoder
-from .ladd import LADDConfig, check_ladd
+from .ladd import LADDConfig, check_ignored, check_ladd
 
 if TYPE_CHECKING:
     from braid.pretrain.config.schema import Config
+
+
+GUMBEL = ("gumbel_start", "gumbel_end", "gumbel_steps")
+VQ = ("codebook_decay", "codebook_settling", "codebook_dead_below", "commitment")
+"""Settings of one quantiser that the other one ignores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,17 +25,22 @@ class DiLADDConfig(LADDConfig):
 
     name: str = "di_ladd"
     """`di_ladd`"""
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    """The encoder of the latents: frozen, its raw representations pooled; or of kind `learned`."""
-    encoder_layers: int = 0
-    """For objective.encoder.kind = `learned` (a transformer trained with the rest; its last S' outputs are the slots):
-    its blocks, of the model's width; 0 takes as many as the model has."""
     time_conditioning: str = "none"
     """Which times the network is told: `none` (the masks show them), `latents` or `both`."""
     independent_times: bool = True
     """Draw the codes' time apart from the tokens'. Sequential sampling (all codes, then the text) needs it."""
     codebook_size: int = 512
     """Codes K, the mask included: K - 1 vectors."""
+    quantiser: str = "vq"
+    """How a slot becomes a code: `vq`, the nearest vector of a codebook that follows the slots; or `gumbel`, for a
+    learned encoder, which then says logits of the codes (hard straight-through draws in training, the most probable
+    code elsewhere)."""
+    gumbel_start: float = 1.0
+    """Temperature of the straight-through gradient at the first step."""
+    gumbel_end: float = 1e-5
+    """And after `gumbel_steps` steps, to which it falls evenly on a logarithmic scale."""
+    gumbel_steps: int = 200_000
+    """Steps of that fall."""
     codebook_decay: float = 0.95
     """Decay of the moving averages the vectors follow."""
     codebook_settling: int = 10
@@ -58,27 +67,25 @@ def check(check: Check, config: Config) -> None:
     check.at_least("objective.codebook_settling", ladd.codebook_settling, 0)
     check.at_least("objective.codebook_dead_below", ladd.codebook_dead_below, 0)
     check.at_least("objective.commitment", ladd.commitment, 0)
-    check.at_least("objective.encoder_layers", ladd.encoder_layers, 0)
-    if ladd.encoder.kind == "learned":
-        _check_learned(check, ladd)
+    check.one_of("objective.quantiser", ladd.quantiser, ("vq", "gumbel"))
+    for name in GUMBEL:
+        check.positive(f"objective.{name}", getattr(ladd, name))
+    learned, kind = ladd.encoder.kind == "learned", f"objective.encoder.kind = {ladd.encoder.kind!r}"
+    if ladd.quantiser == "gumbel" and not learned:
+        change = "objective.quantiser=vq, or objective.encoder.kind=learned"
+        check.add("objective.quantiser = 'gumbel' is for an encoder that is learnt", kind, change)
+    elif ladd.quantiser == "gumbel":
+        check_ignored(check, ladd, VQ, "objective.quantiser = 'gumbel'")
         return
-    check_encoder(check, ladd.encoder)
-    for name in ("encoder_layers", "commitment"):
-        value, default = getattr(ladd, name), getattr(DiLADDConfig, name)
-        if value != default:
-            check.add(
-                f"objective.{name} = {value} is ignored by a frozen encoder",
-                found=f"objective.encoder.kind = {ladd.encoder.kind!r}",
-                change=f"objective.encoder.kind=learned, or objective.{name}={default}",
-            )
-
-
-def _check_learned(check: Check, ladd: DiLADDConfig) -> None:
-    check.at_least("objective.encoder.latent_dim", ladd.encoder.latent_dim, 1)
-    ignored = ("path", "layer", "window")
-    changed = [f"objective.encoder.{name}" for name in ignored
-               if getattr(ladd.encoder, name) != getattr(EncoderConfig, name)]  # fmt: skip
-    if ladd.pooling != DiLADDConfig.pooling:
-        changed.append("objective.pooling")
-    for path in changed:
-        check.add(f"{path} is ignored by objective.encoder.kind = 'learned'", change="leave it at its default")
+    check_ignored(check, ladd, GUMBEL, "objective.quantiser = 'vq'")
+    if not learned:
+        check_ignored(check, ladd, ("commitment",), "a frozen encoder", kind)
+    # The first update takes every vector from the batch; those without one would stay where they began.
+    slots = config.training.global_batch_size * ladd.num_slots
+    if ladd.codebook_size - 1 > slots >= 1:
+        check.add(
+            "the codebook has more vectors than a global batch has slots",
+            found=f"objective.codebook_size - 1 = {ladd.codebook_size - 1} > training.global_batch_size * "
+            f"objective.num_slots = {slots}",
+            change=f"objective.codebook_size={slots + 1}, or a larger batch",
+        )

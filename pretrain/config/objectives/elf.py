@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from braid.pretrain.config.check import Check
 
+from .conditioning import check_cond_dim
 from .encoder import EncoderConfig, check_encoder
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def check(check: Check, config: Config) -> None:
     if config.model.dropout != 0:
         found = f"model.dropout = {config.model.dropout}"
         check.add("model.dropout is ignored by objective.name = 'elf'", found, "model.dropout=0")
+    check_cond_dim(check, config)
 
 
 def _latents(check: Check, elf: ELFConfig) -> None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from braid.pretrain.config.check import Check
 
+from .conditioning import check_cond_dim
+
 if TYPE_CHECKING:
     from braid.pretrain.config.schema import Config
 
@@ -33,6 +35,7 @@ def check(check: Check, config: Config) -> None:
     objective, model = config.objective, config.model
     check.within("objective.noise_density", objective.noise_density, "()", 0, 1)
     check.at_least("objective.mean_span_length", objective.mean_span_length, 1)
+    check_cond_dim(check, config)
     if config.data.packing == "pairs":
         check.add(
             "T5's pretraining leaves out spans of running text, not of (source, target) pairs",

@@ -44,11 +44,19 @@ def found(*overrides: str, recipe: str = "tiny_elf") -> list[str]:
         ("sampling.guidance=5.5", "sampling.guidance"),
         ("sampling.input_guidance=2", "nothing to guide"),
         ("model.dropout=0.1", "model.dropout is ignored"),
+        ("model.cond_dim=64", "model.cond_dim = 64 is ignored by objective.name = 'elf'"),
+        ("objective.encoder.window=5 objective.encoder.kind=random", "objective.encoder.window is ignored"),
     ],
 )
 def test_one_wrong_setting_is_one_problem(override, what):
-    (text,) = found(override)
+    (text,) = found(*override.split())
     assert what in text
+
+
+def test_t5_has_no_use_for_cond_dim_either():
+    (text,) = found("model.cond_dim=64", recipe="tiny_t5")
+    assert "model.cond_dim = 64 is ignored by objective.name = 't5'" in text
+    assert found(recipe="tiny_t5") == []
 
 
 def test_settings_that_go_together():

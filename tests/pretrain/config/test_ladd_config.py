@@ -30,14 +30,39 @@ CO, DI = "tiny_co_ladd", "tiny_di_ladd"
         (CO, ["time_shift_correction=true"], "time_shift_correction is ignored"),
         (CO, ["latent_sigma=-1"], "objective.latent_sigma"),
         (CO, ["encoder.variance_floor=1e-3"], "variance_floor is ignored"),
-        (CO, ["encoder.kind=learned"], "objective.encoder.kind"),
+        (CO, ["encoder.kind=learnt"], "objective.encoder.kind"),
+        (CO, ["encoder.kind=random", "encoder.window=3"], "objective.encoder.window is ignored"),
+        (CO, ["encoder.kind=embeddings"], "objective.encoder.kind = 'embeddings' needs a model"),
+        (CO, ["encoder.kind=learned", "encoder.variance_floor=1e-3"], "objective.encoder.variance_floor is ignored"),
+        (CO, ["encoder_layers=2"], "objective.encoder_layers = 2 is ignored by a frozen encoder"),
+        (CO, ["encoder_masking=1"], "objective.encoder_masking"),
+        (CO, ["latent_warmup=cosine"], "objective.latent_warmup"),
+        (DI, ["latent_warmup_steps=10"], "objective.latent_warmup_steps = 10 is ignored"),
+        (DI, ["latent_warmup=linear", "latent_warmup_steps=0"], "objective.latent_warmup_steps"),
+        (DI, ["independence_scale=-1"], "objective.independence_scale"),
+        (CO, ["latent_norm=none"], "objective.latent_norm = 'none' is for an encoder that is learnt"),
+        (CO, ["encoder.kind=learned", "latent_norm=layer"], "objective.latent_norm"),
+        (CO, ["encoder.kind=learned", "latent_prior_scale=0.1"], "objective.latent_prior_scale = 0.1 is ignored"),
+        (CO, ["latent_denoiser_layers=2"], "objective.latent_denoiser_layers = 2 is ignored"),
+        (CO, ["latent_denoiser=true", "independent_times=true"], "objective.independent_times = True is ignored"),
+        (DI, ["quantiser=gumbel"], "objective.quantiser = 'gumbel' is for an encoder that is learnt"),
+        (DI, ["quantiser=fsq"], "objective.quantiser"),
+        (DI, ["gumbel_end=0.1"], "objective.gumbel_end = 0.1 is ignored"),
+        (DI, ["encoder.kind=learned", "quantiser=gumbel", "gumbel_start=0"], "objective.gumbel_start"),
+        (DI, ["encoder.kind=learned", "quantiser=gumbel", "commitment=0.2"], "objective.commitment = 0.2 is ignored"),
+        (
+            DI,
+            ["encoder.kind=learned", "quantiser=gumbel", "codebook_decay=0.9"],
+            "codebook_decay = 0.9 is ignored",
+        ),
+        (DI, ["codebook_size=130"], "the codebook has more vectors than a global batch has slots"),
         (DI, ["codebook_size=2"], "objective.codebook_size"),
         (DI, ["codebook_decay=1"], "objective.codebook_decay"),
         (DI, ["codebook_dead_below=-1"], "objective.codebook_dead_below"),
         (DI, ["commitment=0.2"], "objective.commitment = 0.2 is ignored by a frozen encoder"),
         (DI, ["encoder_layers=2"], "objective.encoder_layers = 2 is ignored by a frozen encoder"),
         (DI, ["encoder.kind=learned", "encoder.window=2"], "objective.encoder.window is ignored"),
-        (DI, ["encoder.kind=learned", "pooling=adaptive_chunk_mean_eos"], "objective.pooling is ignored"),
+        (DI, ["encoder.kind=learned", "pooling=adaptive_chunk_mean_eos"], "mean_eos is ignored by"),
     ],
 )
 def test_a_wrong_setting_is_named(recipe, overrides, words):
@@ -51,6 +76,8 @@ def test_a_wrong_setting_is_named(recipe, overrides, words):
         (CO, ["sampling.sampler=sequential"], "times it is never trained at"),
         (DI, ["sampling.sampler=sequential", "objective.independent_times=false"], "times it is never trained at"),
         (DI, ["sampling.latent_steps=4"], "sampling.latent_steps = 4 is ignored"),
+        (CO, ["objective.latent_denoiser=true", "sampling.sampler=joint"], "sampling.sampler = 'joint' is not one of"),
+        (CO, ["objective.latent_denoiser=true", "data.packing=pairs"], "does not see the source"),
     ],
 )
 def test_sampling_must_fit_what_is_trained(recipe, overrides, words):
@@ -66,10 +93,42 @@ def test_sampling_must_fit_what_is_trained(recipe, overrides, words):
         (CO, ["objective.time_shift=0.7", "objective.time_shift_correction=true", "objective.latent_sigma=0"]),
         (DI, ["objective.encoder.kind=learned", "objective.encoder_layers=1", "objective.commitment=0.25"]),
         (DI, ["objective.latent_schedule=poly", "objective.latent_power=2", "sampling.sampler=sequential"]),
+        (DI, ["objective.codebook_size=129"]),
+        (
+            DI,
+            [
+                "objective.encoder.kind=learned",
+                "objective.quantiser=gumbel",
+                "objective.codebook_size=512",
+                "objective.gumbel_steps=10",
+                "objective.independence_scale=0.1",
+                "objective.encoder_masking=0.25",
+            ],
+        ),
+        (CO, ["objective.encoder.kind=learned", "objective.latent_norm=none", "objective.latent_prior_scale=0.1"]),
+        (
+            CO,
+            [
+                "objective.latent_denoiser=true",
+                "sampling.sampler=sequential_ddpm",
+                "sampling.latent_steps=4",
+                "objective.latent_denoiser_layers=1",
+                "objective.latent_warmup=delayed",
+            ],
+        ),
     ],
 )
 def test_what_goes_together(recipe, overrides):
     assert problems(load_config(recipe, overrides)) == []
+
+
+@pytest.mark.parametrize("option", ["independence_scale=0.1", "latent_denoiser=true"])
+def test_what_calls_more_than_one_network_is_not_divided_along_a_pipeline(option):
+    found = problems(load_config(CO, [f"objective.{option}", "parallel.pipeline=2"]))
+    assert any("needs the whole network in one process" in problem.what for problem in found)
+    others = problems(load_config(CO, ["parallel.pipeline=2"]))
+    others += problems(load_config(CO, [f"objective.{option}", "parallel.context=2"]))
+    assert not any("whole network" in problem.what for problem in others)
 
 
 def test_the_published_sizes():

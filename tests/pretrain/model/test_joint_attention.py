@@ -177,7 +177,7 @@ def test_both_streams_see_each_other_and_themselves():
     other_tokens[0, -1] = (tokens[0, -1] + 1) % V
     other_latents[0, -1] += 1
     for changed in (network(other_tokens, latents, *times), network(tokens, other_latents, *times)):
-        for before, after in zip(base, changed, strict=True):
+        for before, after in zip(base[:2], changed[:2], strict=True):
             assert (before - after).abs().amax(-1).min() > 1e-5, "every position and slot moves"
     check_direction(network)
 

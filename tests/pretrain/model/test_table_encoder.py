@@ -126,10 +126,13 @@ def test_table_is_built_once_and_kept_beside_the_data(corpus, monkeypatch):
     (file,) = corpus.glob("encoder_table_*.npz")
     other = load(corpus, window=3)
     assert not np.array_equal(table, other) and len(list(corpus.glob("*encoder_table_*"))) == 2
-    again = load(corpus, path=corpus.parent / "elsewhere" / "table.npz")
-    assert file.read_bytes() == (corpus.parent / "elsewhere" / "table.npz").read_bytes()
+    elsewhere = corpus.parent / "elsewhere"
+    elsewhere.mkdir()
+    again = load(corpus, path=elsewhere)
+    assert file.read_bytes() == (elsewhere / file.name).read_bytes()
     monkeypatch.setattr(table_encoder, "build_table", lambda *_: pytest.fail("the file should have been read"))
     assert np.array_equal(load(corpus), table) and np.array_equal(table, again)
+    assert np.array_equal(load(corpus, path=file), table) and np.array_equal(load(corpus, path=elsewhere), table)
 
 
 def test_table_reads_the_stream_in_pieces_up_to_the_cap(corpus, monkeypatch):
@@ -145,12 +148,13 @@ def test_table_reads_the_stream_in_pieces_up_to_the_cap(corpus, monkeypatch):
 
 
 def test_file_of_another_corpus_or_settings_is_refused(corpus, tmp_path, prepare_documents):
-    load(corpus, path=tmp_path / "table.npz")
+    load(corpus, path=tmp_path)
+    (file,) = tmp_path.glob("encoder_table_*.npz")
     with pytest.raises(InputError, match="another corpus or other settings"):
-        load(corpus, latent_dim=5, path=tmp_path / "table.npz")
+        load(corpus, latent_dim=5, path=file)
     other = prepare_documents(tmp_path / "other", planted_documents(seed=1)[0])
     with pytest.raises(InputError, match="another corpus or other settings"):
-        load(other, path=tmp_path / "table.npz")
+        load(other, path=file)
 
 
 @pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[: len(data) // 2], lambda data: b"text" * 99])
@@ -162,15 +166,19 @@ def test_damaged_file_is_named(corpus, damage):
         load(corpus)
 
 
-def test_what_cannot_be_built_is_refused(corpus, tmp_path):
+def test_what_cannot_be_built_is_refused(corpus, monkeypatch):
     with pytest.raises(ConfigError, match="as many dimensions as there are tokens"):
         load(corpus, latent_dim=259)
     settings = TableSettings(4, 2, 259, "")
     with pytest.raises(InputError, match="no two tokens"):
         build_table([np.array([256, 256])], settings, eos_id=256)
-    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"no encoder table[\s\S]*mistyped.npz"):
+        load(corpus, path=corpus / "mistyped.npz")
+    assert not (corpus / "mistyped.npz").exists()
+    monkeypatch.setattr(table_encoder.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(13, "Permission denied")))
     with pytest.raises(BraidError, match="cannot be written"):
-        load(corpus, path=tmp_path / "file" / "table.npz")
+        load(corpus)
+    assert not list(corpus.glob(".encoder_table_*")), "no half-written file is left"
 
 
 def test_processes_that_build_at_once_agree(corpus):

@@ -18,7 +18,9 @@ from braid.pretrain.config.schema import ModelConfig
 from braid.pretrain.diffusion.ladd import LatentSchedule
 from braid.pretrain.model.codebook import Codebook
 from braid.pretrain.model.encoders import TableEncoder
+from braid.pretrain.model.gumbel_codebook import GumbelCodebook
 from braid.pretrain.model.joint_attention import JointDenoiser, SlotPrediction
+from braid.pretrain.model.latent_denoiser import LatentDenoiser
 from braid.pretrain.model.latent_encoder import LatentEncoder
 from braid.pretrain.objectives.base import Noise
 from braid.pretrain.objectives.co_ladd import CoLADD
@@ -56,12 +58,21 @@ def build(
     network = JointDenoiser(model, **common, latent_outputs=outputs, latent_positions=config.latent_positions,
                             times=config.time_conditioning, masked_latents=name == "di_ladd", seed=3)  # fmt: skip
     if name == "co_ladd":
-        objective = CoLADD(config, network, encoder, **IDS)
-    else:
-        codebook = Codebook(config.codebook_size - 1, encoder.latent_dim, decay=config.codebook_decay,
-                            dead_below=config.codebook_dead_below, settling=config.codebook_settling,
-                            seed=4)  # fmt: skip
         latent_encoder = LatentEncoder(model, **common, mask_id=MASK, seed=6) if learned else None
+        denoiser = None
+        if config.latent_denoiser:
+            denoiser = LatentDenoiser(model, num_slots=config.num_slots, latent_dim=encoder.latent_dim, seed=7)
+        objective = CoLADD(config, network, None if learned else encoder, latent_encoder, denoiser, **IDS)
+    else:
+        num_codes, is_gumbel = config.codebook_size - 1, config.quantiser == "gumbel"
+        if is_gumbel:
+            codebook = GumbelCodebook(num_codes, encoder.latent_dim, seed=4)
+        else:
+            codebook = Codebook(num_codes, encoder.latent_dim, decay=config.codebook_decay,
+                                dead_below=config.codebook_dead_below, settling=config.codebook_settling,
+                                seed=4)  # fmt: skip
+        outputs = common | ({"latent_dim": num_codes} if is_gumbel else {})
+        latent_encoder = LatentEncoder(model, **outputs, mask_id=MASK, seed=6) if learned else None
         objective = DiLADD(config, network, None if learned else encoder, codebook, latent_encoder, **IDS)
     if randomise:
         with torch.no_grad():
@@ -151,6 +162,18 @@ class ToyNetwork(Network):
         codes = torch.stack([weights[:, CODES == code].sum(1) for code in (0, 1)], -1)
         codes = F.pad(codes.clamp(min=1e-300).log(), (0, 1), value=7.0)  # the mask's logit must not count
         return SlotPrediction(logits, codes[:, None])
+
+
+class BlindDenoiser(torch.nn.Module):
+    """The latents' own denoiser: what `network` says of them when it sees no token."""
+
+    def __init__(self, network: ToyNetwork) -> None:
+        super().__init__()
+        self.network, self.calls = network, 0
+
+    def forward(self, latents, times, dropout=None) -> torch.Tensor:
+        self.calls += 1
+        return self.network(torch.full((len(latents), 2), MASK), latents, torch.ones_like(times), times).latents
 
 
 @dataclass(frozen=True)

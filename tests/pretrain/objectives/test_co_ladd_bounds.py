@@ -16,6 +16,7 @@ from .ladd_cases import (
     LAW,
     SEQUENCES,
     SIGNS,
+    BlindDenoiser,
     ToyNetwork,
     ToyNoise,
     gauss_legendre,
@@ -46,6 +47,8 @@ def expected_figures(network: ToyNetwork, names: tuple[str, ...], num_nodes: int
     """
     objective = toy("co_ladd", **options)
     objective.network = network
+    if objective.latent_denoiser is not None:
+        objective.latent_denoiser = BlindDenoiser(network)
     normals, normal_weights = normal_grid()
     totals: dict[str, float] = {}
     for node, weight in gauss_legendre(num_nodes):
@@ -102,6 +105,21 @@ def test_the_sequential_nelbo_is_the_entropy_for_the_bayes_denoiser(sigma):
     network = ToyNetwork(schedule=schedule_of(), sigma=sigma)
     figures = expected_figures(network, ("sequential_nelbo",), independent_times=True, latent_sigma=sigma)
     assert figures["sequential_nelbo"] == pytest.approx(ENTROPY, abs=2e-4)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.7])
+def test_a_denoiser_of_the_latents_own_bounds_the_text_sequentially(sigma):
+    """The same entropy from two networks, one of which never sees a token; and no bound of sampling jointly."""
+    network = ToyNetwork(schedule=schedule_of(), sigma=sigma)
+    names = ("sequential_nelbo", "token_bound", "token_bound_latents_off")
+    figures = expected_figures(network, names, latent_denoiser=True, latent_sigma=sigma)
+    assert figures["sequential_nelbo"] == pytest.approx(ENTROPY, abs=2e-4)
+    assert figures["token_bound"] > ENTROPY + 0.01, "the network takes y for that of the whole text"
+
+    _, other = toy_law(length=2, vocabulary=3, seed=1)
+    wrong = expected_figures(ToyNetwork(other, schedule=schedule_of(), sigma=sigma), names[:1], num_nodes=16,
+                             latent_denoiser=True, latent_sigma=sigma)  # fmt: skip
+    assert wrong["sequential_nelbo"] > ENTROPY + 0.05
 
 
 def test_nelbos_are_above_the_entropy_for_other_denoisers():
@@ -215,4 +233,9 @@ def test_figures_say_what_they_are():
         "token_bound": True, "token_bound_latents_off": True, "joint_nelbo": True, "token_nats_given_latents": False,
     }  # fmt: skip
     assert "N(E(x), 0.05^2 I)" in figures["joint_nelbo"].label
+    own = toy("co_ladd", latent_denoiser=True)
+    assert [(figure.name, figure.is_bound) for figure in own.figures] == [
+        ("token_bound", True), ("token_bound_latents_off", True), ("sequential_nelbo", True),
+        ("token_nats_given_latents", False),
+    ]  # fmt: skip
     assert "sequential_nelbo" in {figure.name for figure in toy("co_ladd", independent_times=True).figures}

@@ -15,7 +15,7 @@ from braid.pretrain.sampling.prompts import Prompt, no_prompt
 from braid.pretrain.sampling.sampler import draw_samples
 
 from ..objectives.conftest import MASK, VOCAB
-from ..objectives.ladd_cases import CODES, LAW, SEQUENCES, ToyNetwork, build, toy
+from ..objectives.ladd_cases import CODES, LAW, SEQUENCES, BlindDenoiser, ToyNetwork, build, toy
 from ..objectives.references import Network
 
 MEAN, DEVIATION, NUM_SLOTS, DIM = 0.7, 0.4, 16, 4
@@ -87,6 +87,26 @@ def test_co_samplers_draw_the_law_of_the_bayes_denoiser(sampler):
     objective.network = ToyNetwork(schedule=objective.schedule)
     samples = draw_samples(objective, SamplingConfig(steps=128, sampler=sampler), no_prompt(3000, 2), key=5)
     assert chi_square(samples.tokens) < LIMIT
+
+
+@pytest.mark.parametrize("sampler", ["", "sequential_ddpm"])
+def test_a_denoiser_of_the_latents_own_draws_the_same_law(sampler):
+    """Its calls are counted; the joint network is then shown what it left, at time 0."""
+    objective = toy("co_ladd", latent_denoiser=True)
+    objective.network = ToyNetwork(schedule=objective.schedule)
+    objective.latent_denoiser = BlindDenoiser(ToyNetwork(schedule=objective.schedule))
+    settings = SamplingConfig(steps=40, latent_steps=128, sampler=sampler)
+    samples = draw_samples(objective, settings, no_prompt(3000, 2), key=5)
+    assert chi_square(samples.tokens) < LIMIT
+    assert objective.latent_denoiser.calls == 128
+    assert all(128 < number <= 130 for number in samples.network_calls)
+    assert all((times == 0).all() for *_, times in objective.network.calls)
+
+
+def test_latents_that_know_no_text_take_no_prompt():
+    prompt = Prompt(torch.ones(2, 12, dtype=torch.int64), torch.eye(2, 12, dtype=torch.bool))
+    with pytest.raises(ConfigError, match="cannot fit a prompt"):
+        draw_samples(build("co_ladd", latent_denoiser=True), SamplingConfig(steps=2), prompt, key=0)
 
 
 @pytest.mark.parametrize("options", [{}, {"latent_schedule": "poly", "latent_power": 2.0}])
