@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from gathering import gather_tensors
 from tensor_cases import LENGTH, build, step
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -17,7 +18,7 @@ from braid.parallel.data_parallel import World, reduce_gradients
 from braid.parallel.layers import sum_partial_gradients
 from braid.parallel.mesh import Axis, build_mesh
 from braid.parallel.plan import ParallelConfig
-from braid.pretrain.checkpoint.layout import gather_tensors, shards_of
+from braid.pretrain.checkpoint.layout import shards_of
 from braid.pretrain.model.elf_network import NUM_PREFIX
 from braid.pretrain.model.probe import check_direction
 

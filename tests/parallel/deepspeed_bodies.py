@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from gathering import cut_tensors, gather_tensors
 from tensor_cases import BATCH, batch_and_noise, build
 
 from braid.data_pipeline.loader import Batch
@@ -18,7 +19,7 @@ from braid.parallel.data_parallel import World
 from braid.parallel.engine import Engine, NotFinite
 from braid.parallel.mesh import Mesh, build_mesh
 from braid.parallel.plan import ParallelConfig
-from braid.pretrain.checkpoint.layout import cut_tensors, gather_tensors, shards_of
+from braid.pretrain.checkpoint.layout import shards_of
 from braid.pretrain.config.schema import Config, OptimizerConfig
 from braid.pretrain.objectives.base import LossTerms, Noise, Objective
 from braid.pretrain.training.ema import EMA

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+from gathering import gather_stages, gather_tensors
 from tensor_bodies import look
 from tensor_cases import BATCH, CASES, LENGTH, MODEL, batch_and_noise, build
 
@@ -16,7 +17,7 @@ from braid.parallel.layers import Shard, sum_partial_gradients
 from braid.parallel.mesh import Mesh, build_mesh
 from braid.parallel.pipeline import Schedule, Stage, mark_replicated, spread, sum_replicated_gradients
 from braid.parallel.plan import ParallelConfig, deal_blocks
-from braid.pretrain.checkpoint.layout import gather_stages, gather_tensors, shards_of
+from braid.pretrain.checkpoint.layout import shards_of
 from braid.pretrain.model.network import parameter_counts
 from braid.pretrain.model.probe import check_direction
 from braid.pretrain.objectives.base import Noise, Objective
