@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from braid.parallel.layers import ALONE
 from braid.parallel.vocabulary import Vocabulary
 from braid.pretrain.model.backbone import Prediction
 from braid.pretrain.model.joint import JointPrediction
@@ -34,7 +35,7 @@ def toy_law(length: int, vocabulary: int, seed: int) -> tuple[torch.Tensor, torc
 class Network(torch.nn.Module):
     """Base of networks without weights: objectives and samplers ask a parameter for the device."""
 
-    vocabulary = Vocabulary(VOCAB)
+    vocabulary, region, stage = Vocabulary(VOCAB), ALONE, ALONE.stage
 
     def __init__(self) -> None:
         super().__init__()
