@@ -17,6 +17,7 @@ from braid.data_pipeline.loader import Batch
 from braid.parallel import deepspeed_engine
 from braid.parallel.data_parallel import World
 from braid.parallel.engine import Engine, NotFinite
+from braid.parallel.layers import gather_whole
 from braid.parallel.mesh import Mesh, build_mesh
 from braid.parallel.plan import ParallelConfig
 from braid.pretrain.checkpoint.layout import shards_of
@@ -129,8 +130,21 @@ def _rows(noise: Noise, rows: torch.Tensor) -> Noise:
 
 def whole(tensors: Any, objective: Objective, mesh: Mesh) -> Tensors:
     """Whole over the tensor axis too."""
-    gathered = gather_tensors(dict(tensors), shards_of(objective), mesh.tensor)
-    return {name: tensor.detach().clone() for name, tensor in gathered.items()}
+    shards, found = shards_of(objective), {}
+    for key, tensor in dict(tensors).items():
+        shard = shards.get(key.partition("/")[0]) if tensor.ndim else None
+        full = tensor if shard is None else gather_whole(tensor, shard, mesh.tensor)
+        found[key] = full.detach().clone()
+    return found
+
+
+def part(tensors: Tensors, objective: Objective) -> Tensors:
+    """This process's, on the tensor axis."""
+    shards = shards_of(objective)
+    return {
+        key: tensor if not tensor.ndim or (shard := shards.get(key.partition("/")[0])) is None else shard.cut(tensor)
+        for key, tensor in tensors.items()
+    }
 
 
 def weights_seen(objective: Objective, engine: Engine, mesh: Mesh) -> Tensors:
@@ -187,9 +201,8 @@ def moved(world: World, name: str, plan: ParallelConfig, width: int = 32) -> boo
     if plan.offload == "nvme":
         plan = replace(plan, offload_dir=f"{plan.offload_dir}/other")
     other, fresh = start(name, mesh, plan, width)
-    shards = shards_of(other)
-    weights = cut_tensors(whole(engine.named(engine.held), objective, mesh), shards)
-    state = cut_tensors(whole(engine.optimizer_state(), objective, mesh), shards)
+    weights = part(whole(engine.named(engine.held), objective, mesh), other)
+    state = part(whole(engine.optimizer_state(), objective, mesh), other)
     rest = {key: value.clone() for key, value in engine.untrained().items()}
     with fresh.writing() as held:
         for key, value in fresh.untrained().items():
