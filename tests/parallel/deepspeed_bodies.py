@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from gathering import cut_tensors, gather_tensors
 from tensor_cases import BATCH, batch_and_noise, build
 
 from braid.data_pipeline.loader import Batch
