@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from braid.kernels.errors import ConfigError
-from braid.parallel.plan import check_plan
+from braid.parallel.plan_check import check_plan
 from braid.pretrain.config.accelerators import check_accelerators
 from braid.pretrain.config.check import Check
 from braid.pretrain.config.objectives import CHECKS, OBJECTIVES

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from braid.parallel.plan import ParallelConfig, PlanFacts, check_plan, deal_blocks
+from braid.parallel.plan import ParallelConfig, PlanFacts, deal_blocks
+from braid.parallel.plan_check import check_plan
 
 FACTS = PlanFacts(
     num_layers=12,
