@@ -31,6 +31,8 @@ FIVE_STEPS = {
 }
 SEQUENCE = {"parallel__tensor": 2, "parallel__sequence": True}
 MEGATRON = {"parallel__engine": "megatron"}
+UNUSED = {"tiny_co_ladd_learned": ("network.blocks.1.latents.", "network.latent_head.")}
+"""Where the latents have a denoiser of their own, what the joint network would say of them."""
 ADAMW = {"optimizer__name": "adamw"}
 """For runs by engines that cut parameters laid end to end, which have no Muon."""
 FOUR_BLOCKS = {"model__num_layers": 4, "training__micro_batch_size": 2}
@@ -122,7 +124,7 @@ def test_every_layout_trains_as_one_process(
     found, wanted = (torch.load(f"{run_dir}.gradients/1.pt") for run_dir in (divided, whole))
     assert found.keys() == wanted.keys()
     for name, gradient in wanted.items():
-        assert gradient.abs().max() > 0, name
+        assert gradient.abs().max() > 0 or name.startswith(UNUSED.get(recipe, "nothing")), name
         bound = 1e-4 * gradient.abs().max().item() + 1e-8
         torch.testing.assert_close(found[name], gradient, rtol=0, atol=bound, msg=name)
     written, expected = ((run_dir / "samples" / "step-00000005.jsonl").read_text() for run_dir in (divided, whole))
