@@ -131,8 +131,8 @@ class CoLADD(LADD):
         slots = self.raw_slots(batch, hidden_BL, dropout)
         return unit_norm(slots) if self.config.latent_norm == "unit" else slots
 
-    def predict(self, corrupted: CoCorrupted) -> SlotPrediction:
-        prediction = super().predict(corrupted)
+    def call(self, corrupted: CoCorrupted) -> SlotPrediction:
+        prediction = super().call(corrupted)
         if self.latent_denoiser is None:
             return prediction
         dropout = corrupted.dropout if self.training else None

@@ -24,7 +24,7 @@ from braid.pretrain.objectives.base import Noise, Objective
 from braid.pretrain.training.gradients import Gradients
 
 PAIRS = "ccdd-mmdit"
-NAMES = [name for name in CASES if "moedit" not in name]
+NAMES = [name for name in CASES if "moedit" not in name and "own-denoiser" not in name]
 
 
 @dataclass

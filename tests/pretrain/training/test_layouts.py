@@ -61,7 +61,8 @@ LAYOUTS = {
     "megatron, context 2, data 2": (4, MEGATRON | {"parallel__context": 2}),
 }
 SYSTEMS = [name for name in recipes() if name.startswith("tiny_") and name != "tiny_t5"]
-REFUSED = [("tiny_ar", "context 2 by gather"), *(("tiny_ccdd_moedit", name) for name in LAYOUTS if "pipe" in name)]
+REFUSED = [("tiny_ar", "context 2 by gather")]
+REFUSED += itertools.product(["tiny_ccdd_moedit", "tiny_co_ladd_learned"], (name for name in LAYOUTS if "pipe" in name))
 QUICK = [(recipe, name) for recipe in SYSTEMS for name in ("tensor 2 with sequence", "context 2", "pipeline 2")]
 QUICK += [("tiny_ccdd", name) for name in LAYOUTS if "pipeline" not in name] + [("tiny_elf", "megatron, data 2")]
 QUICK += [("tiny_replaid", "pipeline 2 interleaved"), ("tiny_mdlm", "pipeline 4")]
