@@ -25,6 +25,7 @@ from braid.pretrain.training.gradients import Gradients
 
 PAIRS = "ccdd-mmdit"
 NAMES = [name for name in CASES if "moedit" not in name and "own-denoiser" not in name]
+"""But for those that a pipeline is refused for."""
 
 
 @dataclass
