@@ -12,11 +12,12 @@ from braid.kernels.random import initial_normal
 from braid.parallel import deepspeed_engine
 from braid.parallel.data_parallel import World
 from braid.parallel.mesh import build_mesh
+from braid.parallel.pipeline import Schedule
 from braid.pretrain.config.schema import Config
-from braid.pretrain.objectives.base import LossTerms, Noise
-from braid.pretrain.objectives.build import build_objective
+from braid.pretrain.objectives.base import Noise
+from braid.pretrain.objectives.build import build_objective, build_stage
 from braid.pretrain.training.engines import build_engine
-from braid.pretrain.training.precision import autocast
+from braid.pretrain.training.gradients import Gradients
 
 
 def live_bytes() -> int:
@@ -35,20 +36,16 @@ def of_engine(world: World, config: Config, vocab_size: int) -> tuple[int, int]:
     plan, before = config.parallel, live_bytes()
     mesh = build_mesh(world, plan)
     tokenizer = SimpleNamespace(vocab_size=vocab_size, mask_id=vocab_size - 1, bos_id=0, eos_id=0)
-    objective = build_objective(config, tokenizer, None, world.device, mesh.tensor, plan.sequence)
+    stage = build_stage(config, mesh)
+    objective = build_objective(config, tokenizer, None, world.device, mesh.tensor, plan.sequence, stage=stage)
     engine = build_engine(config, objective, mesh)
+    schedule = Schedule(stage, plan, config.model.width) if stage.divided else None
+    gradients = Gradients(objective, engine, config.run.precision, schedule)
     length, ordinals = config.data.sequence_length, torch.arange(1)
     for step in range(2):
         tokens = torch.randint(0, vocab_size - 2, (1, length), generator=torch.Generator().manual_seed(step))
         batch = Batch(tokens=tokens, loss_mask=torch.ones_like(tokens, dtype=torch.bool), ordinals=ordinals)
-
-        def compute(batch: Batch = batch) -> LossTerms:
-            corrupted = objective.corrupt(batch, Noise.training(1, 0, 1, ordinals))
-            with autocast(config.run.precision, world.device):
-                prediction = objective.predict(corrupted)
-            return objective.loss(prediction, corrupted)
-
-        engine.backward(engine.forward(compute).total / length, last=True)
+        gradients.add_up([(batch, Noise.training(1, 0, 1, ordinals))], torch.tensor(length))
         engine.step(1.0)
     weights = sum(getattr(parameter, "ds_tensor", parameter).nbytes for parameter in objective.parameters())
     return weights, live_bytes() - before

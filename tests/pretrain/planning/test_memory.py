@@ -154,7 +154,15 @@ MEASURED = [  # (processes, plan, precision)
     *((2, ParallelConfig(engine="deepspeed", zero=zero), "fp32") for zero in (1, 2, 3)),
     *((2, ParallelConfig(engine="deepspeed", zero=zero), "bf16") for zero in (1, 3)),
     (4, ParallelConfig(tensor=2, engine="deepspeed", zero=3), "bf16"),
+    (2, ParallelConfig(engine="megatron"), "fp32"),
+    (2, ParallelConfig(engine="megatron"), "bf16"),
+    (4, ParallelConfig(tensor=2, engine="megatron"), "bf16"),
+    (2, ParallelConfig(pipeline=2), "fp32"),
+    (4, ParallelConfig(pipeline=2, tensor=2), "fp32"),
+    (4, ParallelConfig(pipeline=2, engine="megatron"), "fp32"),
 ]
+WITHIN = 0.05
+"""Of the estimate. The plan takes Megatron's matrices to be bfloat16, of which time embeddings stay float32."""
 
 
 @pytest.mark.parametrize(("num_processes", "plan", "precision"), MEASURED)
@@ -167,7 +175,7 @@ def test_an_engine_really_holds_so_much(ranks, num_processes, plan, precision):
     stages = stages_of(config, num_processes)
     for rank, (weights, held) in enumerate(ranks(memory_bodies.of_engine, num_processes, config, VOCAB)):
         memory = stages[rank // (num_processes // plan.pipeline)].memory
-        assert weights == pytest.approx(memory.held["weights"], rel=0.02), "time embeddings stay float32"
+        assert weights == pytest.approx(memory.held["weights"], rel=WITHIN)
         assert held == pytest.approx(
-            sum(memory.held.get(name, 0) for name in KEPT["ZeRO 3" if plan.zero == 3 else plan.engine]), rel=0.02
+            sum(memory.held.get(name, 0) for name in KEPT["ZeRO 3" if plan.zero == 3 else plan.engine]), rel=WITHIN
         )
