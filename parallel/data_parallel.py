@@ -86,6 +86,20 @@ class World:
                 dist.all_reduce(tensor)
         return tensor
 
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """In this block a collective that fails inside another library's functions is told as those of this class."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not self.grouped or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise
+            raise TrainingFailed(
+                f"what {self.size} ranks do together did not complete: another rank died or is stuck",
+                found=f"on rank {self.rank}: {str(error).splitlines()[0]}",
+                change="look at the logs of the other ranks for the first failure",
+            ) from error
+
     def close(self) -> None:
         """Leave the process group. Safe to call after a failed collective, and twice."""
         if self.grouped and dist.is_initialized():

@@ -10,6 +10,7 @@ look them up in its global state; pure data parallelism needs neither them nor M
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -223,6 +224,10 @@ def _join_megatron(world: World, plan: ParallelConfig, timeout_s: float) -> dict
             change="choose run.device=cuda, or hide the GPUs: export CUDA_VISIBLE_DEVICES=",
         )
     megatron_cpu.install()
+    # Megatron and DeepSpeed call collectives by their old names, and torch says so at every call.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    # Megatron warns of what is not installed, and of options that are not used.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     state = require("megatron-core").parallel_state
     state.initialize_model_parallel(
         tensor_model_parallel_size=plan.tensor,

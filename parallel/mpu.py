@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
 
 import torch.distributed as dist
 
@@ -49,8 +48,6 @@ def join_deepspeed(mesh: Mesh) -> Mpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     deepspeed = require("deepspeed")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it reports dozens of lines on stdout
-    # It calls collectives by their old names, and torch says so at every call.
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if on_cpu:
         # It would compile an all-reduce through shared memory that training never calls: 20 s, and it needs ninja.
         deepspeed.ops.__compatible_ops__ = {}

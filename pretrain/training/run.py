@@ -118,7 +118,7 @@ def _lost_a_peer(error: BraidError) -> bool:
 def _train(config: Config, mesh: Mesh, store: CheckpointStore) -> int:
     trainer = None
     try:
-        with _outcome(Path(config.run.dir), mesh.world) as ending:
+        with _outcome(Path(config.run.dir), mesh.world) as ending, mesh.world.watching():
             _check_unused(config, mesh.world, store)
             trainer = Trainer(config, mesh, store)
             ending.trainer = trainer

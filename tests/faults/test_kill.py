@@ -104,14 +104,21 @@ def test_killed_at_a_phase_of_a_save_while_training_goes_on(trainers: Trainers, 
     assert_same_run(tmp_path / "shot", tmp_path / "straight")
 
 
-def test_a_rank_killed_ends_its_peers_and_the_run_goes_on_bit_for_bit(trainers: Trainers, tmp_path: Path) -> None:
-    options = {"training__steps": 20, "checkpoint__every": 4, "training__log_every": 2}
+@pytest.mark.parametrize(
+    "layout",
+    [{}, {"parallel__tensor": 2}, {"parallel__pipeline": 2, "model__num_layers": 2}, {"parallel__engine": "megatron"}],
+    ids=["data", "tensor", "pipeline", "megatron"],
+)
+def test_a_rank_killed_ends_its_peers_and_the_run_goes_on_bit_for_bit(
+    trainers: Trainers, tmp_path: Path, layout: dict[str, object]
+) -> None:
+    options = {"training__steps": 20, "checkpoint__every": 4, "training__log_every": 2} | layout
     trainers.train("tiny_ccdd", "straight", ranks=2, **options)
     first, second = trainers.start_ranks(2, "tiny_ccdd", "shot", **options)
     second.wait_until(lambda: has_lines(tmp_path / "shot", 3))
     second.signal(signal.SIGKILL)
     assert second.wait() == -signal.SIGKILL
-    said = r"\[rank 0\] error: a sum over (2|the 2) ranks.* did not complete: another rank died"
+    said = r"\[rank 0\] error: (a sum over (2|the 2) ranks.*|what 2 ranks do together) did not complete: another rank"
     assert_refused(first, 4, said, run_dir=tmp_path / "shot")
     trainers.train("tiny_ccdd", "shot", ranks=2, **options)
     assert_same_run(tmp_path / "shot", tmp_path / "straight")
