@@ -70,7 +70,7 @@ def test_exact_match_and_token_matches():
 
 
 def test_the_error_of_a_share():
-    """Texts of one length: that of the mean. Of several lengths: the residuals' about one share, over the mean length."""
+    """Texts of one length: that of the mean. Of several: the residuals' about one share, over the mean length."""
     share, error = share_and_error([3, 1, 2, 4], [4, 4, 4, 4])
     assert share == pytest.approx(62.5) and error == pytest.approx(100 * np.std([3, 1, 2, 4], ddof=1) / 4 / 2)
     share, error = share_and_error([1, 6], [2, 8])
