@@ -15,6 +15,7 @@ from braid.pretrain.evaluation.conditional import (
     exact_match,
     measure_answers,
     rouge,
+    share_and_error,
     token_matches,
 )
 from braid.pretrain.sampling.sampler import Samples
@@ -66,6 +67,15 @@ def test_exact_match_and_token_matches():
     references = [[1, 2, 3]] * 5
     assert exact_match(answers, references).tolist() == [True, False, False, False, False]
     assert token_matches(answers, references).tolist() == [3, 2, 3, 0, 1]
+
+
+def test_the_error_of_a_share():
+    """Texts of one length: that of the mean. Of several: the residuals' about one share, over the mean length."""
+    share, error = share_and_error([3, 1, 2, 4], [4, 4, 4, 4])
+    assert share == pytest.approx(62.5) and error == pytest.approx(100 * np.std([3, 1, 2, 4], ddof=1) / 4 / 2)
+    share, error = share_and_error([1, 6], [2, 8])
+    assert share == pytest.approx(70) and error == pytest.approx(100 * np.std([1 - 1.4, 6 - 5.6], ddof=1) / 5 / 2**0.5)
+    assert share_and_error([1], [2]) == (50, None) and share_and_error([], [])[0] == 0
 
 
 def test_all_measures_of_some_answers():
