@@ -25,8 +25,9 @@ EXTRAS = {
     # parallel/megatron_cpu.py knows the sources of 0.16 only. There are wheels for Linux and Python 3.10 to 3.13;
     # elsewhere pip builds it from source, for which it needs no compiler.
     "megatron": ["megatron-core>=0.16.1,<0.17"],
-    # Comes as source. Before 0.19.5 it cannot leave the accumulation of gradients to Megatron-core's schedules.
-    "deepspeed": ["deepspeed>=0.19.5"],
+    # Comes as source. It must leave the accumulation of gradients to Megatron-core's schedules and add them up over
+    # ranks (`managed_gradient_accumulation`, `gradient_allreduce_op`); older versions overlook what they do not know.
+    "deepspeed": ["deepspeed>=0.19.8"],
     # What mosaicml-streaming needs at run time. The package itself is installed with --no-deps (see the Makefile): what
     # it declares would replace torch and bring torchvision.
     "mds": [

@@ -14,7 +14,12 @@ With stage 3 a process has the whole of a weight only while a module that reads 
 the weight is read outside its module (DeepSpeed finds out when it happens). All ranks gather together, so all must do
 the same: as many passes, in one order.
 
-DeepSpeed takes means over ranks where Braid takes sums, so the loss is multiplied by the number of ranks first.
+At stage 3 DeepSpeed takes means over ranks and not sums, so the loss is multiplied by the number of ranks first.
+
+In a pipeline (stages 0 and 1 alone) gradients come from its schedule, and are left alone until `step`. Every process of
+the pipeline divides what it holds by itself, so that the copies of a replicated parameter are cut differently. To stay
+equal they need the same bits from DeepSpeed's sum, whose order depends on the cut: it is given one gradient, that is
+whole already, and zeros from all ranks but the first.
 """
 
 from __future__ import annotations
@@ -30,9 +35,11 @@ from torch import Tensor, nn
 
 from braid.kernels.capabilities import require
 from braid.kernels.errors import ConfigError
+from braid.parallel.data_parallel import reduce_gradients
 from braid.parallel.engine import Engine, NotFinite, PlainEngine, clip_gradients, gradient_norm
 from braid.parallel.mesh import Axis, Mesh
 from braid.parallel.mpu import join_deepspeed
+from braid.parallel.pipeline import counts_here, sum_replicated_gradients
 from braid.parallel.plan import ParallelConfig
 
 T = TypeVar("T")
@@ -66,6 +73,7 @@ def deepspeed_settings(plan: ParallelConfig, num_elements: int, *, pinned: bool)
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,  # a step ends when `step` is called
         "gradient_clipping": 0.0,  # set at every step
+        "gradient_allreduce_op": "mean" if plan.zero == 3 else "sum",  # at stage 3 there is no other
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,  # torch's AdamW: nothing is compiled
         "zero_force_ds_cpu_optimizer": False,
@@ -82,11 +90,15 @@ def build_deepspeed_engine(
     """
     for parameter in module.parameters():
         assert parameter.ndim, "DeepSpeed cannot divide what has no dimension"
-        if hasattr(parameter, "shard"):
-            parameter.tensor_model_parallel = True  # counted on every rank of the tensor axis in the norm
+        # To DeepSpeed, that adds up squares over tensor and pipeline: count it on every rank of the tensor axis in the
+        # norm; and do not, for the first stage does.
+        parameter.tensor_model_parallel = hasattr(parameter, "shard")
+        parameter.ds_pipe_replicated = not counts_here(parameter, mesh.pipeline)
         if getattr(parameter, "partial", False) and mesh.tensor.grouped:
             # Before DeepSpeed takes the gradient, at every backward pass.
             parameter.register_hook(lambda gradient: mesh.tensor.all_reduce_sum(gradient.contiguous().clone()))
+    groups = mesh.world.all_gather_object(len(optimizer.param_groups))
+    assert len(set(groups)) == 1, "norms are added up over the stages of a pipeline group by group"
     mpu = join_deepspeed(mesh)
     if plan.offload == "nvme":
         _check_writing()
@@ -96,7 +108,8 @@ def build_deepspeed_engine(
     ours = _Calculation(module)
     engine, *_ = require("deepspeed").initialize(model=ours, optimizer=optimizer, config=settings, mpu=mpu)
     kinds = {0: WholeEngine, 1: ZeroEngine, 2: ZeroEngine, 3: Zero3Engine}
-    return kinds[plan.zero](module, optimizer, mesh, _DeepSpeed(engine, ours, mesh.reduction.size))
+    factor = mesh.reduction.size if plan.zero == 3 else 1
+    return kinds[plan.zero](module, optimizer, mesh, _DeepSpeed(engine, ours, factor))
 
 
 def _check_writing() -> None:
@@ -129,11 +142,11 @@ class _Calculation(nn.Module):
 
 @dataclass(frozen=True)
 class _DeepSpeed:
-    """DeepSpeed's engine around a `_Calculation`, whose losses it averages over `num_ranks`."""
+    """DeepSpeed's engine around a `_Calculation`; losses are multiplied by `factor`."""
 
     engine: Any
     calculation: _Calculation
-    num_ranks: int
+    factor: int
 
     def forward(self, compute: Callable[[], T]) -> T:
         outputs = self.engine(compute)
@@ -141,7 +154,7 @@ class _DeepSpeed:
         return replace(result, **outputs) if is_dataclass(result) else outputs.get("", result)
 
     def go_back(self, loss: Tensor) -> None:
-        self.engine.backward(loss * self.num_ranks)
+        self.engine.backward(loss * self.factor)
 
 
 class WholeEngine(PlainEngine):
@@ -168,7 +181,8 @@ class WholeEngine(PlainEngine):
 
     def _judge(self) -> None:
         """Between DeepSpeed's sum and the optimizer's step, which does nothing where there are no gradients."""
-        self.norm = gradient_norm(self.held, self.mesh.tensor)
+        sum_replicated_gradients(self.held, self.mesh.pipeline)
+        self.norm = gradient_norm(self.held, self.mesh.tensor, None, self.mesh.pipeline)
         if math.isfinite(self.norm.item()):
             clip_gradients(self.held, self.norm, self.clip_norm)
         else:
@@ -229,12 +243,24 @@ class ZeroEngine(Engine):
         self.deepspeed.go_back(loss)
 
     def step(self, clip_norm: float) -> Tensor:
+        if self.mesh.pipeline.grouped:
+            self._finish_replicated_gradients()
         self.zero.clip_grad = clip_norm
         self.deepspeed.engine.step()
         if not self.deepspeed.engine.was_step_applied():  # DeepSpeed looks at the norm, and has the gradient forgotten
             raise NotFinite
         norm = self.deepspeed.engine.get_global_grad_norm()
         return torch.as_tensor(norm, dtype=torch.float32, device=self.mesh.world.device)
+
+    def _finish_replicated_gradients(self) -> None:
+        """Of the parameters that every process of the pipeline has: whole on the first rank of the reduction axis, and
+        zero on the others."""
+        replicated = [parameter for parameter in self.module.parameters() if getattr(parameter, "replicated", False)]
+        reduce_gradients(replicated, self.mesh.reduction)
+        sum_replicated_gradients(replicated, self.mesh.pipeline)
+        for parameter in replicated:
+            if parameter.requires_grad and self.mesh.reduction.rank > 0:
+                parameter.grad.zero_()
 
     def publish(self) -> None:
         self.zero.update_lp_params()

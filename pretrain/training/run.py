@@ -37,7 +37,6 @@ def pretrain(config: Config) -> int:
             world = init_world(config.run.device)
             stack.callback(world.close)
             validate(config, world_size=world.size)
-            _refuse_unbuilt(config)
             use_accelerators(config.accelerators, world.device)
             mesh = build_mesh(world, config.parallel)
             stack.callback(mesh.close)
@@ -48,17 +47,6 @@ def pretrain(config: Config) -> int:
         store = CheckpointStore(run_dir / "checkpoints", keep=config.checkpoint.keep)
         with _writing(store, run_dir, world):
             return _train(config, mesh, store)
-
-
-def _refuse_unbuilt(config: Config) -> None:
-    """The trainer runs every plan but one, which is for `braid plan` so far."""
-    plan = config.parallel
-    if plan.engine == "deepspeed" and plan.pipeline > 1:
-        raise ConfigError(
-            "this version trains no pipeline with DeepSpeed; `braid plan` estimates it",
-            found=f"parallel.pipeline = {plan.pipeline}, parallel.engine = 'deepspeed'",
-            change="parallel.engine=megatron parallel.zero=0 divides the optimizer's state too",
-        )
 
 
 @contextmanager

@@ -10,7 +10,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from tensor_cases import BATCH, batch_and_noise, build
+from gathering import gather_stages
+from pipeline_bodies import build_piece
+from tensor_cases import BATCH, MODEL, batch_and_noise, build
 
 from braid.data_pipeline.loader import Batch
 from braid.parallel import deepspeed_engine
@@ -18,12 +20,14 @@ from braid.parallel.data_parallel import World
 from braid.parallel.engine import Engine, NotFinite
 from braid.parallel.layers import gather_whole
 from braid.parallel.mesh import Mesh, build_mesh
+from braid.parallel.pipeline import Schedule
 from braid.parallel.plan import ParallelConfig
 from braid.pretrain.checkpoint.layout import shards_of
 from braid.pretrain.config.schema import Config, OptimizerConfig
 from braid.pretrain.objectives.base import LossTerms, Noise, Objective
 from braid.pretrain.training.ema import EMA
 from braid.pretrain.training.engines import build_engine
+from braid.pretrain.training.gradients import Gradients
 from braid.pretrain.training.optimizer import set_learning_rate
 from braid.pretrain.training.precision import autocast
 
@@ -85,6 +89,46 @@ def _train(name: str, mesh: Mesh, plan: ParallelConfig, num_steps: int, precisio
         weights_seen(objective, engine, mesh),
         [tensor.numel() for tensor in engine.held],
     )
+
+
+@dataclass
+class InPieces:
+    """Of one case on one rank of a pipeline."""
+
+    norms: list[float]
+    weights: Tensors
+    """Whole ones; on the first rank alone."""
+    copies: dict[str, bool]
+    """Weights and moments of parameters that every stage has -> whether they are those of the first, to the bit."""
+
+
+def train_in_pieces(world: World, names: list[str], plan: ParallelConfig, num_steps: int = 3) -> dict[str, InPieces]:
+    """Train each case, four blocks or more, on a micro-batch a row. Rows need not divide by the data axis."""
+    mesh = build_mesh(world, plan)
+    return {name: _train_in_pieces(name, mesh, plan, num_steps) for name in names}
+
+
+def _train_in_pieces(name: str, mesh: Mesh, plan: ParallelConfig, num_steps: int) -> InPieces:
+    objective = build_piece(name, mesh, plan)
+    engine = build_engine(Config(optimizer=ADAMW, parallel=plan), objective, mesh)
+    set_learning_rate(engine.optimizer, 1.0)
+    schedule = Schedule(objective.stage, plan, MODEL.width) if objective.stage.divided else None
+    gradients, norms = Gradients(objective, engine, "fp32", schedule), []
+    batch, noise = batch_and_noise()
+    mine = torch.arange(BATCH).tensor_split(mesh.data.size)[mesh.data.rank]
+    micro_batches = [(_cut(batch, row), _rows(noise, row)) for row in mine.split(1)]
+    for _ in range(num_steps):
+        gradients.add_up(micro_batches, batch.loss_mask.sum())
+        norms.append(engine.step(CLIP_NORM).item())
+    copies = {}
+    held = dict(engine.named(engine.held)) | dict(engine.optimizer_state())
+    for key in sorted(held):
+        value, replicated = held[key], getattr(objective.get_parameter(key.partition("/")[0]), "replicated", False)
+        if replicated and value.ndim:
+            first = mesh.pipeline.broadcast(value.detach().clone(), 0)
+            copies[key] = torch.equal(first, value) and ("/" in key or torch.equal(first, objective.get_parameter(key)))
+    weights = whole(engine.named(engine.held), objective, mesh)
+    return InPieces(norms, gather_stages({"": weights}, objective, mesh.pipeline)[""], copies)
 
 
 def start(name: str, mesh: Mesh, plan: ParallelConfig, width: int = 32) -> tuple[Objective, Engine]:

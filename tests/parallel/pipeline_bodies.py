@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from tensor_cases import BATCH, CASES, LENGTH, MODEL, batch_and_noise, build
 
 from braid.data_pipeline.loader import Batch
 from braid.parallel.data_parallel import World
+from braid.parallel.deepspeed_engine import build_deepspeed_engine
 from braid.parallel.engine import NotFinite, PlainEngine, gradient_norm
 from braid.parallel.layers import Shard, sum_partial_gradients
 from braid.parallel.mesh import Mesh, build_mesh
@@ -134,22 +136,27 @@ def nested(world: World) -> Parts:
     return spread(axis, mine, world.size - 1)
 
 
-def weights(world: World, bad: bool) -> tuple[float, dict[str, torch.Tensor]]:
+def weights(world: World, fields: dict, bad: bool) -> tuple[float, dict[str, torch.Tensor]]:
     """A step of plain gradient descent on pipeline 2 x tensor 2 x data 2, by gradients that are functions of the ranks:
     the norm that is found, and the weights afterwards, all zero before. `bad`: some data has no gradient on one stage.
     """
-    mesh = build_mesh(world, ParallelConfig(pipeline=2, tensor=2))
+    plan = ParallelConfig(pipeline=2, tensor=2, **fields)
+    mesh = build_mesh(world, plan)
     module = torch.nn.ParameterDict(
         {name: torch.nn.Parameter(torch.zeros(3)) for name in ("alone", "everywhere", "everywhere_divided")}
     )
     mark_replicated(module, ["alone"])
     module["everywhere_divided"].shard = Shard(0, 1, mesh.tensor.rank, 2, 6)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    build = partial(build_deepspeed_engine, plan=plan) if plan.engine == "deepspeed" else PlainEngine
+    engine = build(module, optimizer, mesh)
     for number, parameter in enumerate(module.values()):
-        parameter.grad = torch.full((3,), 1.0 + number + 10 * mesh.pipeline.rank + 100 * mesh.data.rank)
-    module["everywhere_divided"].grad += mesh.tensor.rank
-    if bad and mesh.pipeline.rank == mesh.data.rank == 1:
-        module["alone"].grad[0] = torch.nan
-    engine = PlainEngine(module, torch.optim.SGD(module.parameters(), lr=1.0), mesh)
+        gradient = torch.full((3,), 1.0 + number + 10 * mesh.pipeline.rank + 100 * mesh.data.rank)
+        if parameter is module["everywhere_divided"]:
+            gradient += mesh.tensor.rank
+        if bad and mesh.pipeline.rank == mesh.data.rank == 1 and parameter is module["alone"]:
+            gradient[0] = torch.nan
+        (parameter * gradient).sum().backward()  # as a schedule does, which knows no engine
     try:
         norm = engine.step(0.0).item()
     except NotFinite:

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from deepspeed_bodies import CLIP_NORM, Trained, moved, poisoned, train
+from deepspeed_bodies import CLIP_NORM, InPieces, Trained, moved, poisoned, train, train_in_pieces
 
 from braid.parallel.data_parallel import World
 from braid.parallel.plan import ParallelConfig
@@ -90,6 +90,38 @@ def test_with_tensor_parallelism(ranks, zero, sequence):
     for of_rank in ranks(train, 4, TWICE[:2], plan(zero, tensor=2, sequence=sequence), timeout_s=PATIENCE_S):
         for name, found in of_rank.items():
             assert_same(found, expected(name), name)
+
+
+@functools.cache
+def expected_of_pieces() -> dict[str, InPieces]:
+    return train_in_pieces(World.single(), TWICE[:2], ParallelConfig())
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "fields"),
+    [
+        (6, {"zero": 1}),  # what three ranks add up depends on the order
+        pytest.param(4, {"zero": 0}, marks=pytest.mark.slow),
+        pytest.param(4, {"zero": 1, "virtual": 2}, marks=pytest.mark.slow),
+        pytest.param(4, {"zero": 1, "context": 2}, marks=pytest.mark.slow),
+        pytest.param(8, {"zero": 1, "tensor": 2, "sequence": True, "offload": "cpu"}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_pipeline_trains_as_one(ranks, num_ranks, fields):
+    """What every stage has counts once in the norm, and stays the same on all of them, to the bit."""
+    found = ranks(train_in_pieces, num_ranks, TWICE[:2], plan(pipeline=2, **fields), timeout_s=PATIENCE_S)
+    for name, wanted in expected_of_pieces().items():
+        assert min(wanted.norms) > 2 * CLIP_NORM, "clipping must be at work"
+        for of_rank in found:
+            assert of_rank[name].norms == pytest.approx(wanted.norms, rel=1e-5), name
+            assert all(of_rank[name].copies.values()), (name, of_rank[name].copies)
+        weights = found[0][name].weights
+        assert weights.keys() == wanted.weights.keys()
+        for key, value in wanted.weights.items():
+            assert (weights[key] - value).abs().mean() < 2e-5, (name, key)
+    copies = {key for key in found[0]["replaid-auxiliary"].copies if "/" not in key}
+    for part in ("schedule", "network.embedding", "network.time_embedding"):
+        assert any(key.startswith(part) for key in copies), part
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ LAYOUTS = {
     "with tensor and sequence": (4, {"pipeline": 2, "tensor": 2, "sequence": True}, 2),
 }
 QUICK = ("1F1B", "interleaved")
+OFFLOADED = {"zero": 1, "offload": "cpu"}
 NAMES_OF_WEIGHTS = ("alone", "everywhere", "everywhere_divided")
 
 
@@ -134,10 +135,15 @@ def test_what_the_last_has_is_spread_whatever_it_is(ranks):
         assert found.more["text"] == "of 2" and found.more["flags"][0].tolist() == [True, False]
 
 
-def test_replicated_gradients_are_summed_and_count_once(ranks):
+ENGINES = [{}, {"engine": "deepspeed", "zero": 1}]
+ENGINES += [pytest.param({"engine": "deepspeed"} | more, marks=pytest.mark.slow) for more in ({}, OFFLOADED)]
+
+
+@pytest.mark.parametrize("fields", ENGINES)
+def test_replicated_gradients_are_summed_and_count_once(ranks, fields):
     """On pipeline 2 x tensor 2 x data 2: sums over data and pipeline of what every process has, over data alone of what
     one stage has; the norm is that of all weights laid end to end."""
-    found = ranks(weights, 8, False)
+    found = ranks(weights, 8, fields, False)
     over_data = {
         (name, stage): 2 * (1 + n + 10 * stage) + 100 for n, name in enumerate(NAMES_OF_WEIGHTS) for stage in (0, 1)
     }
@@ -152,8 +158,9 @@ def test_replicated_gradients_are_summed_and_count_once(ranks):
             assert after[name].tolist() == [-value] * 3, (rank, name)
 
 
-def test_no_process_steps_where_one_has_no_number(ranks):
-    for norm, after in ranks(weights, 8, True):
+@pytest.mark.parametrize("fields", ENGINES)
+def test_no_process_steps_where_one_has_no_number(ranks, fields):
+    for norm, after in ranks(weights, 8, fields, True):
         assert math.isnan(norm) and all(not weight.any() for weight in after.values())
 
 

@@ -208,10 +208,3 @@ def test_zero_goes_on_bit_for_bit(trainers: Trainers, fields: dict) -> None:
     assert_same_run(trainers.folder / "pieces", trainers.folder / "straight")
     for said in (process.out, process.err):
         assert "deepspeed" not in said.lower() and "deprecated" not in said and "INFO" not in said
-
-
-def test_a_plan_that_is_not_built_is_refused(trainers: Trainers) -> None:
-    fields = {"parallel__pipeline": 2, "model__num_layers": 2, "parallel__engine": "deepspeed", "parallel__zero": 1}
-    for process in trainers.start_ranks(2, "tiny_mdlm", "refused", **fields):
-        assert process.wait() == 2
-        assert "parallel.pipeline = 2" in process.err and "Traceback" not in process.err
