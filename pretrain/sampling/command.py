@@ -91,7 +91,7 @@ def main(args: argparse.Namespace) -> int:
         model.objective, settings, prompt, key=args.seed, precision=model.config.run.precision,
         batch_size=args.batch_size, progress=_progress,
     )  # fmt: skip
-    used = sampler_settings(settings, model.config.objective)
+    used = sampler_settings(settings, model.config.objective, model.config.run.precision)
     write_samples(args.output, samples, model.tokenizer, used, step=model.step, seed=args.seed)
     for index, tokens in enumerate(samples.tokens.tolist()):
         print(f"--- sample {index}\n{model.tokenizer.decode(tokens)}")
