@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 METRICS = ("bound", "entropy", "generative", "conditional")
 READ_BY = {
+    "sequences": ("bound",),
+    "draws": ("bound",),
+    "samples": ("entropy", "generative", "conditional"),
     "judge": ("generative",),
     "judge_precision": ("generative",),
     "judge_length": ("generative",),
@@ -30,6 +33,9 @@ READ_BY = {
     "sample_steps": ("entropy", "generative", "conditional"),
 }
 """Metrics that look at an option; with none of them it would be ignored."""
+
+DEFAULTS = {"sequences": 0, "draws": 4, "samples": 16}
+"""What options of numbers are when they are left out."""
 
 KEPT = ("samples", "judge", "generative", "conditional")
 """Parts of evaluation.json that stay when a later evaluation of the same weights does not ask for them."""
@@ -48,9 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the model's tokenizer; samples are compared with the first",
     )  # fmt: skip
     parser.add_argument("--split", default="validation", choices=["validation", "train"], help="default validation")
-    parser.add_argument("--sequences", type=int, default=0, help="rows scored, spread over the split; default: all")
-    parser.add_argument("--draws", type=int, default=4, help="Monte-Carlo draws per row; default 4")
-    parser.add_argument("--samples", type=int, default=16, help="samples drawn, or pairs answered; default 16")
+    parser.add_argument("--sequences", type=int, help="rows scored, spread over the split; default: all")
+    parser.add_argument("--draws", type=int, help="Monte-Carlo draws per row; default 4")
+    parser.add_argument("--samples", type=int, help="samples drawn, or pairs answered; default 16")
     parser.add_argument(
         "--sample-steps", metavar="T,T,...",
         help="denoising steps of the samples, each number measured by itself; default: the run's sampling.steps",
@@ -127,6 +133,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Estimate]]:
     from .judge import load_judge
 
     metrics = _check(args)
+    args = argparse.Namespace(**vars(args) | {name: getattr(args, name) or n for name, n in DEFAULTS.items()})
     device = pick_device(args.device)
     model = load_model(args.checkpoint, device, use_ema=not args.raw_weights)
     config = model.config
@@ -185,10 +192,10 @@ def _check(args: argparse.Namespace) -> list[str]:
     least = {"draws": 1, "batch-size": 1, "samples": 1, "sequences": 0}
     for name, smallest in least.items():
         value = getattr(args, name.replace("-", "_"))
-        if value < smallest:
+        if value is not None and value < smallest:
             raise ConfigError(f"--{name} must be at least {smallest}", found=str(value))
     check_seed(args.seed)
-    if args.draws > MAX_DRAWS:
+    if args.draws is not None and args.draws > MAX_DRAWS:
         raise ConfigError("too many draws", found=str(args.draws), change=f"the noise counter holds {MAX_DRAWS}")
     for name, readers in READ_BY.items():
         if getattr(args, name) is not None and not set(readers) & set(metrics):

@@ -211,9 +211,9 @@ class CCDD(Objective):
             token += "; the latents are clean, and there is no joint bound because nothing generates them"
         off = "the same with z = 0, as for guidance: what the latents are worth to the trained network"
         joint = (
-            "what joint sampling pays for: token and latent terms, t in [tau, 1], and decoding both at tau, the time "
+            "what joint sampling pays for: token and latent terms, t in [tau, 1], SNR(tau) = 1/s^2, and decoding both "
         )
-        joint += "at which the latents' signal is 1/s^2 of their noise" + equal_times
+        joint += "strands at tau" + equal_times
         law = f"q(z|x) = N(E(x), {config.latent_sigma:g}^2 I)"
         if leaky:
             bar = "; a run with a leaky encoder reports no bound"

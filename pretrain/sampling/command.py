@@ -113,6 +113,12 @@ def _problems(args: argparse.Namespace, settings: SamplingConfig, objective: Obj
     check.at_least("--batch-size", args.batch_size, 0)
     given = [name.replace("-", "_") for name in OPTIONS if getattr(args, name.replace("-", "_")) is not None]
     check_sampling(check, settings, objective, named, given)
+    if args.token_guidance and args.prompt is None and args.infill is None:
+        check.add(
+            f"--token-guidance {args.token_guidance} would do nothing: it follows the gradient of the known tokens",
+            found="neither --prompt nor --infill",
+            change="leave it out, or give a prompt",
+        )
     return check.problems
 
 

@@ -182,6 +182,9 @@ def test_only_a_bound_replaces_the_runs_own_evaluation(evaluate, folder, monkeyp
 @pytest.mark.parametrize(
     "words, says",
     [
+        (["mdlm", "--metrics", "entropy", "--draws", "7"], "--draws would be ignored"),
+        (["mdlm", "--metrics", "entropy", "--sequences", "7"], "--sequences would be ignored"),
+        (["mdlm", "--metrics", "bound", "--samples", "99"], "--samples would be ignored"),
         (["mdlm", "--judge", "ar"], "--judge would be ignored"),
         (["mdlm", "--samples-file", "x"], "--samples-file would be ignored"),
         (["mdlm", "--sample-steps", "3"], "--sample-steps would be ignored"),
