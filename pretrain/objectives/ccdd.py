@@ -210,10 +210,8 @@ class CCDD(Objective):
         if not self.diffused:
             token += "; the latents are clean, and there is no joint bound because nothing generates them"
         off = "the same with z = 0, as for guidance: what the latents are worth to the trained network"
-        joint = (
-            "what joint sampling pays for: token and latent terms, t in [tau, 1], SNR(tau) = 1/s^2, and decoding both "
-        )
-        joint += "strands at tau" + equal_times
+        joint = "what joint sampling pays for: token and latent terms on t in [tau, 1], SNR(tau) = 1/s^2, and decoding "
+        joint += "both strands at tau" + equal_times
         law = f"q(z|x) = N(E(x), {config.latent_sigma:g}^2 I)"
         if leaky:
             bar = "; a run with a leaky encoder reports no bound"
