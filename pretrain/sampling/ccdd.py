@@ -44,7 +44,7 @@ def _jointly(objective: CCDD, tokens: Tensor, prompt: Prompt, draws: Draws) -> T
         logits, zhat = _predict(objective, tokens, latents.z, t, draws, everyone)
         revealed = reveal(tokens, objective.mask_id, t, s, step, draws)
         if revealed.any():
-            tokens = fill(tokens, revealed, logits[revealed], objective.mask_id, step, draws)
+            tokens = fill(tokens, revealed, logits[revealed], objective.mask_id, s, step, draws)
         latents.step(zhat, t, s, step)
         draws.frame(s, tokens, latents.z)
         draws.progress(step + 1, draws.settings.steps)
@@ -64,7 +64,7 @@ def _from_visible(objective: CCDD, tokens: Tensor, prompt: Prompt, draws: Draws)
             if given is not None:  # trained with the representations of the given tokens alone
                 z = torch.where(prompt.known[active][..., None], given[active], z)
             logits, _ = _predict(objective, tokens[active], z, t, draws, active)
-            tokens = fill(tokens, revealed, logits[revealed[active]], objective.mask_id, step, draws)
+            tokens = fill(tokens, revealed, logits[revealed[active]], objective.mask_id, s, step, draws)
         draws.frame(s, tokens)
         draws.progress(step + 1, draws.settings.steps)
     return tokens

@@ -19,7 +19,7 @@ OPTIONS = {
     "guidance": (float, "ccdd: weight of guidance by the latents, 1 is none; elf: the guidance scale"),
     "temperature": (float, "temperature of the token distribution"),
     "top-p": (float, "nucleus: smallest token set with this mass; 1 keeps all"),
-    "greedy-final": (None, "duo, gidd: the last step takes the most probable tokens"),
+    "greedy-final": (None, "mdlm, duo, gidd, ccdd, co_ladd, di_ladd: the last step takes the most probable tokens"),
     "score-temperature": (float, "replaid: divides the predicted noise"),
     "token-guidance": (float, "replaid: weight of the gradient of the known tokens' log-probability"),
     "latent-steps": (int, "co_ladd, di_ladd: steps of the latents in the sequential samplers"),

@@ -86,10 +86,10 @@ def test_generative_perplexity_never_comes_alone(evaluate, monkeypatch):
         assert f" {entry['perplexity']:.2f}+-" in printed
     assert data["steps"] is None and data["network_calls"] is None
     assert two["steps"] == 2 and 1 < two["network_calls"] <= 2 and four["steps"] == 4 and 2 < four["network_calls"] <= 4
-    made = {"sampler": "ancestral", "temperature": 1.0, "top_p": 1.0, "precision": "fp32"}
+    made = {"sampler": "ancestral", "temperature": 1.0, "top_p": 1.0, "greedy_final": False, "precision": "fp32"}
     assert data["sampler"] is None and two["sampler"] == made | {"steps": 2} and four["sampler"] == made | {"steps": 4}
     assert result["samples"]["sampler"] == two["sampler"]
-    way = "sampler ancestral, temperature 1.0, top_p 1.0, precision fp32"
+    way = "sampler ancestral, temperature 1.0, top_p 1.0, greedy_final False, precision fp32"
     assert f"samples, 2 steps; samples, 4 steps: {way}" in printed
     assert data["frequency_kl"] < two["frequency_kl"], "an untrained model's tokens are not the corpus's"
     assert result["samples"]["num"] == 7 and result["samples"]["entropy"] == pytest.approx(two["entropy"])

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -193,6 +194,21 @@ def test_temperature_and_nucleus():
     greedy = SamplingConfig(steps=6, top_p=1e-9)
     a, b = (draw_samples(objective, settings, no_prompt(4, 10), key=1).tokens for settings in (cold, greedy))
     assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["mdlm", "ccdd"])
+def test_greedy_final_takes_the_most_probable_token(name):
+    """Of every token the last step reveals, and of no other: with one step all, with two those of the second."""
+    objective = build(name)
+    one = SamplingConfig(steps=1, greedy_final=True)
+    samples = draw_samples(objective, one, no_prompt(4, 10), key=1)
+    cold = draw_samples(objective, replace(one, greedy_final=False, temperature=1e-4), no_prompt(4, 10), key=1)
+    assert torch.equal(samples.tokens, cold.tokens)
+    drawn, greedy = (
+        draw_samples(objective, SamplingConfig(steps=2, greedy_final=final), no_prompt(4, 10), key=1, record=True)
+        for final in (False, True)
+    )
+    assert drawn.frames[0] == greedy.frames[0] and not torch.equal(drawn.tokens, greedy.tokens)
 
 
 def test_sample_entropy():
