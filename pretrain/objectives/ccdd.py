@@ -24,7 +24,7 @@ from braid.pretrain.config.schema import Config, ModelConfig
 from braid.pretrain.diffusion.absorbing import mask_tokens, masked_cross_entropy
 from braid.pretrain.diffusion.gaussian import noised, posterior_mean, reconstruction_nats
 from braid.pretrain.diffusion.schedules import GaussianSchedule, LogLinear, continuous_weight
-from braid.pretrain.diffusion.times import log_uniform_mixture, to_range
+from braid.pretrain.diffusion.times import log_uniform_mixture, second_strata, to_range
 from braid.pretrain.model.blocks import DropoutKey
 from braid.pretrain.model.encoders import Encoder
 from braid.pretrain.model.joint import JointNetwork, JointPrediction, MDiT
@@ -33,7 +33,7 @@ from braid.pretrain.model.two_stream import MMDiT
 
 from .base import Figure, LossTerms, Noise, Objective, TokenCorrupted, special_ids, sum_positions, sum_terms
 
-FULL_VISIBILITY_COIN, P_R_COIN, LATENT_DROPOUT_COIN, LATENT_TIME_COIN, TOKEN_DROPOUT_COIN = 1, 2, 3, 4, 5
+FULL_VISIBILITY_COIN, P_R_COIN, LATENT_DROPOUT_COIN, TOKEN_DROPOUT_COIN = 1, 2, 3, 5
 HIDDEN_WORD = 2
 ERROR_CLIP = 10.0  # per-dimension squared error, as published
 BOUND_TIME_MIN = 1e-5
@@ -106,7 +106,7 @@ class CCDD(Objective):
         times = to_range(noise.strata, config.time_eps, 1 - config.time_eps)
         latent_times = self.path(times)
         if self.diffused and config.latent_times == "independent":
-            latent_times = to_range(noise.coins(LATENT_TIME_COIN), config.time_eps, 1 - config.time_eps)
+            latent_times = to_range(second_strata(noise.index, noise.shift), config.time_eps, 1 - config.time_eps)
         p_r = torch.ones_like(times)
         if not self.features:
             always = noise.coins(FULL_VISIBILITY_COIN) < config.full_visibility_probability

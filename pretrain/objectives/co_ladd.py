@@ -23,8 +23,8 @@ from braid.kernels.random import fold_key
 from braid.parallel.layers import ALONE, Region
 from braid.pretrain.config.schema import Config
 from braid.pretrain.diffusion.gaussian import noised
-from braid.pretrain.diffusion.ladd import LatentSchedule, bound_times, second_strata, shifted_times
-from braid.pretrain.diffusion.times import to_range
+from braid.pretrain.diffusion.ladd import LatentSchedule, bound_times, shifted_times
+from braid.pretrain.diffusion.times import second_strata, to_range
 from braid.pretrain.model.blocks import DropoutKey
 from braid.pretrain.model.encoders import Encoder
 from braid.pretrain.model.joint_attention import JointDenoiser, SlotPrediction

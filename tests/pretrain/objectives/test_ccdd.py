@@ -31,7 +31,8 @@ def reference_loss(ccdd, batch, noise):
     t = (noise.index.double().numpy() + noise.shift.numpy()) / noise.batch_size * (1 - 2 * eps) + eps
     t_z = t
     if config.latent_times == "independent":
-        t_z = noise.coins(4).numpy() * (1 - 2 * eps) + eps
+        second = noise.index.numpy() * (math.sqrt(5) - 1) / 2 + noise.shift.numpy() * 2**16
+        t_z = second % 1 * (1 - 2 * eps) + eps
     if config.latent_times == "clean" or config.latent_mode == "features":
         t_z = np.zeros_like(t)
     masked = (noise.uniforms(LENGTH).numpy() < t.astype(np.float32)[:, None]) & ~condition

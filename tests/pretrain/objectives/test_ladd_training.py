@@ -11,7 +11,8 @@ import torch
 from braid.data_pipeline.loader import Batch
 from braid.kernels.random import initial_normal
 from braid.pretrain.config.load import load_config
-from braid.pretrain.diffusion.ladd import bound_times, second_strata
+from braid.pretrain.diffusion.ladd import bound_times
+from braid.pretrain.diffusion.times import second_strata
 from braid.pretrain.model.encoders import TableEncoder
 from braid.pretrain.objectives import co_ladd, di_ladd
 
