@@ -9,6 +9,8 @@ from torch import Tensor
 
 from braid.kernels import random
 
+BOUND_TIME_MIN = 1e-5
+"""Smallest time of bounds whose integrand is singular at t = 0."""
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 

@@ -24,7 +24,7 @@ from braid.pretrain.config.schema import Config, ModelConfig
 from braid.pretrain.diffusion.absorbing import mask_tokens, masked_cross_entropy
 from braid.pretrain.diffusion.gaussian import noised, posterior_mean, reconstruction_nats
 from braid.pretrain.diffusion.schedules import GaussianSchedule, LogLinear, continuous_weight
-from braid.pretrain.diffusion.times import log_uniform_mixture, second_strata, to_range
+from braid.pretrain.diffusion.times import BOUND_TIME_MIN, log_uniform_mixture, second_strata, to_range
 from braid.pretrain.model.blocks import DropoutKey
 from braid.pretrain.model.encoders import Encoder
 from braid.pretrain.model.joint import JointNetwork, JointPrediction, MDiT
@@ -36,7 +36,6 @@ from .base import Figure, LossTerms, Noise, Objective, TokenCorrupted, special_i
 FULL_VISIBILITY_COIN, P_R_COIN, LATENT_DROPOUT_COIN, TOKEN_DROPOUT_COIN = 1, 2, 3, 5
 HIDDEN_WORD = 2
 ERROR_CLIP = 10.0  # per-dimension squared error, as published
-BOUND_TIME_MIN = 1e-5
 SURVIVAL = LogLinear(eps=0.0)
 
 
