@@ -85,7 +85,8 @@ def _predict(objective: CCDD, tokens: Tensor, z: Tensor, t: float, draws: Draws,
 
 class _Latents:
     """The continuous strand while sampling. Known positions follow the forward process of what the encoder says of
-    the prompt, with one fixed noise each, so that the network sees them as in training at every step."""
+    the prompt, with one fixed noise each. The network has seen them so in training where the encoder is a table, which
+    looks at one token at a time, or rows are pairs; else a contextual one has read other visible tokens beside them."""
 
     def __init__(self, objective: CCDD, prompt: Prompt, draws: Draws) -> None:
         self.schedule, self.draws = objective.schedule, draws
