@@ -36,7 +36,7 @@ ROWS: dict[str, list[str]] = {
     "RePlaid": ["objective.name=replaid"],
     "Co-LADD": ["objective.name=co_ladd"],
     "Di-LADD": ["objective.name=di_ladd"],
-    "ELF": ["objective.name=elf", "model.cond_dim=128"],
+    "ELF": ["objective.name=elf", "model.cond_dim=128", "optimizer.name=muon", "sampling.sampler=sde_marginal"],
 }
 """Row -> overrides of the recipe `compare_base`; {NAME} is the run of another row, which is trained before."""
 
@@ -56,6 +56,11 @@ JUDGE = [
 SPEED = ["training.steps=16", "training.log_every=1", "training.validate_every=0"]
 SPEED += ["optimizer.warmup_steps=1", "optimizer.decay_steps=1"]
 """The short run that is timed."""
+
+
+def timed_settings(overrides: list[str], settings: list[str]) -> list[str]:
+    """The row's own model, in the short run."""
+    return overrides + settings + SPEED
 
 
 def speed_run(run: Path) -> Path:
@@ -104,8 +109,8 @@ def main() -> None:
 
     def time(name: str) -> None:
         if not speed_run(runs[name]).exists():
-            braid("pretrain", "compare_base", f"run.dir={speed_run(runs[name])}", f"data.path={data}", *rows[name],
-                  *SPEED, log=runs[name].with_suffix(".log"))  # fmt: skip
+            braid("pretrain", "compare_base", f"run.dir={speed_run(runs[name])}", f"data.path={data}",
+                  *timed_settings(rows[name], args.settings), log=runs[name].with_suffix(".log"))  # fmt: skip
 
     def evaluate(name: str) -> None:
         evaluation = runs[name] / "comparison.json"

@@ -157,7 +157,7 @@ def _sample(run_dir: Path) -> Path:
     prompt = no_prompt(model.config.training.num_samples, model.config.data.sequence_length)
     samples = draw_samples(model.objective, settings, prompt, key=model.config.run.seed, record=True)
     path = run_dir / "samples" / "final.jsonl"
-    used = sampler_settings(settings, model.config.objective)
+    used = sampler_settings(settings, model.config.objective, "fp32")
     write_samples(path, samples, model.tokenizer, used, step=model.step, seed=model.config.run.seed)
     write_trajectory(run_dir / "trajectory.json", samples, model.tokenizer)
     for index, tokens in enumerate(samples.tokens.tolist()[:2]):

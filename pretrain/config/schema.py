@@ -165,7 +165,8 @@ class SamplingConfig:
     top_p: float = 1.0
     """Nucleus: keep the smallest set of tokens with at least this mass; 1 keeps all."""
     greedy_final: bool = False
-    """`duo`, `gidd`: the last step takes the most probable tokens instead of drawing them."""
+    """`mdlm`, `duo`, `gidd`, `ccdd`, `co_ladd`, `di_ladd`: the last step takes the most probable tokens (published for
+    `mdlm`) instead of drawing them."""
     score_temperature: float = 1.0
     """`replaid`: divides the predicted noise; below 1 the samples are sharper."""
     token_guidance: float = 0.0

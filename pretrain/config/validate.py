@@ -135,7 +135,13 @@ def _optimizer(check: Check, optimizer: OptimizerConfig, steps: int) -> None:
     check.at_least("optimizer.weight_decay", optimizer.weight_decay, 0)
     check.at_least("optimizer.clip_norm", optimizer.clip_norm, 0)
     check.one_of("optimizer.schedule", optimizer.schedule, ("constant", "cosine", "wsd"))
-    check.within("optimizer.min_lr_ratio", optimizer.min_lr_ratio, "[]", 0, 1)
+    ratio_fits = check.within("optimizer.min_lr_ratio", optimizer.min_lr_ratio, "[]", 0, 1)
+    if ratio_fits and optimizer.schedule == "constant" and optimizer.min_lr_ratio != OptimizerConfig.min_lr_ratio:
+        check.add(
+            f"optimizer.min_lr_ratio = {optimizer.min_lr_ratio} is ignored: the rate does not fall",
+            found="optimizer.schedule = 'constant'",
+            change=f"optimizer.min_lr_ratio={OptimizerConfig.min_lr_ratio}, or optimizer.schedule=cosine",
+        )
     warmup, decay = optimizer.warmup_steps, optimizer.decay_steps
     counted = [check.at_least("optimizer.warmup_steps", warmup, 0), check.at_least("optimizer.decay_steps", decay, 0)]
     if not all(counted) or steps < 1:

@@ -12,7 +12,6 @@ from braid.parallel.vocabulary import Vocabulary
 
 DELAYED_SHARE = 0.2
 """Of a delayed warm-up, what comes before the latents' loss does."""
-GOLDEN = (math.sqrt(5) - 1) / 2
 COSINE_OFFSET = 0.008
 LAST_TIME = 1 - 2.0**-40
 """Largest time of a bound: the rate of the `sqrt` schedule is infinite at 1, and the time left out costs 1e-6 nats."""
@@ -124,16 +123,6 @@ def independence_nats(logits: Tensor, without_tokens: Tensor, mask_id: int, voca
     possible = log_p.isfinite()
     terms = log_p.exp() * (log_p - log_q.masked_fill(~possible, 0.0)).masked_fill(~possible, 0.0)
     return vocabulary.sum(terms.sum(-1))
-
-
-def second_strata(index: Tensor, shift: Tensor) -> Tensor:
-    """A second low-discrepancy number in [0, 1) for the samples of a batch, float64 [B], independent of the strata
-    (index + shift) / N: the golden-ratio sequence frac(index * golden + shift') over the batch's random order.
-
-    shift' = frac(2^16 shift) are the shift's lower 16 bits, so every rank knows it. For a fixed index the pair is
-    uniform on its stratum times [0, 1) (to 2^-16), and the N pairs together are a lattice that fills the square evenly.
-    """
-    return (index.double() * GOLDEN + shift * 2.0**16) % 1.0
 
 
 def bound_times(strata: Tensor, smallest: float) -> tuple[Tensor, Tensor]:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from braid.kernels import random
+
+BOUND_TIME_MIN = 1e-5
+"""Smallest time of bounds whose integrand is singular at t = 0."""
+GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def training_strata(key: int, first_ordinal: int, global_batch_size: int, ordinals: Tensor) -> tuple[Tensor, Tensor]:
@@ -21,6 +27,16 @@ def training_strata(key: int, first_ordinal: int, global_batch_size: int, ordina
     index = random.permutation(key, "strata", first_ordinal, n=global_batch_size).to(ordinals.device)
     shift = random.coins(key, ordinals.new_tensor([first_ordinal]), which=SHIFT_COIN)
     return index[position], shift.expand(len(ordinals))
+
+
+def second_strata(index: Tensor, shift: Tensor) -> Tensor:
+    """A second low-discrepancy number in [0, 1) for the samples of a batch, float64 [B], independent of the strata
+    (index + shift) / N: the golden-ratio sequence frac(index * golden + shift') over the batch's random order.
+
+    shift' = frac(2^16 shift) are the shift's lower 16 bits, so every rank knows it. For a fixed index the pair is
+    uniform on its stratum times [0, 1) (to 2^-16), and the N pairs together are a lattice that fills the square evenly.
+    """
+    return (index.double() * GOLDEN + shift * 2.0**16) % 1.0
 
 
 def evaluation_strata(key: int, ordinals: Tensor, draw: int) -> tuple[Tensor, Tensor]:

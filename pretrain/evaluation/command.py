@@ -15,6 +15,7 @@ from .table import format_table
 if TYPE_CHECKING:
     from braid.data_pipeline.packing import Rows
     from braid.pretrain.checkpoint.snapshot import LoadedModel
+    from braid.pretrain.config.schema import SamplingConfig
     from braid.pretrain.sampling.sampler import Samples
 
     from .bound import Estimate
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 METRICS = ("bound", "entropy", "generative", "conditional")
 READ_BY = {
+    "sequences": ("bound",),
+    "draws": ("bound",),
+    "samples": ("entropy", "generative", "conditional"),
     "judge": ("generative",),
     "judge_precision": ("generative",),
     "judge_length": ("generative",),
@@ -29,6 +33,9 @@ READ_BY = {
     "sample_steps": ("entropy", "generative", "conditional"),
 }
 """Metrics that look at an option; with none of them it would be ignored."""
+
+DEFAULTS = {"sequences": 0, "draws": 4, "samples": 16}
+"""What options of numbers are when they are left out."""
 
 KEPT = ("samples", "judge", "generative", "conditional")
 """Parts of evaluation.json that stay when a later evaluation of the same weights does not ask for them."""
@@ -47,9 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the model's tokenizer; samples are compared with the first",
     )  # fmt: skip
     parser.add_argument("--split", default="validation", choices=["validation", "train"], help="default validation")
-    parser.add_argument("--sequences", type=int, default=0, help="rows scored, spread over the split; default: all")
-    parser.add_argument("--draws", type=int, default=4, help="Monte-Carlo draws per row; default 4")
-    parser.add_argument("--samples", type=int, default=16, help="samples drawn, or pairs answered; default 16")
+    parser.add_argument("--sequences", type=int, help="rows scored, spread over the split; default: all")
+    parser.add_argument("--draws", type=int, help="Monte-Carlo draws per row; default 4")
+    parser.add_argument("--samples", type=int, help="samples drawn, or pairs answered; default 16")
     parser.add_argument(
         "--sample-steps", metavar="T,T,...",
         help="denoising steps of the samples, each number measured by itself; default: the run's sampling.steps",
@@ -126,6 +133,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Estimate]]:
     from .judge import load_judge
 
     metrics = _check(args)
+    args = argparse.Namespace(**vars(args) | {name: getattr(args, name) or n for name, n in DEFAULTS.items()})
     device = pick_device(args.device)
     model = load_model(args.checkpoint, device, use_ema=not args.raw_weights)
     config = model.config
@@ -150,7 +158,6 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Estimate]]:
         "sequence_length": config.data.sequence_length,
         "packing": config.data.packing,
         "draws": 1 if model.objective.causal else args.draws,  # an exact likelihood has nothing to draw
-        "t_range": None if model.objective.causal else [1e-5, 1.0],
         "dtype": args.precision,
         "weights": "trained" if args.raw_weights or not config.training.ema_decay else "moving average",
     }
@@ -163,7 +170,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Estimate]]:
     if "entropy" in metrics or ("generative" in metrics and (args.sample_steps or not args.samples_file)):
         drawn = {each: _draw(args, model, each) for each in steps}
     if "entropy" in metrics:
-        result["samples"] = _entropy(drawn[steps[0]])
+        result["samples"] = {**_entropy(drawn[steps[0]]), "sampler": _sampler(model, steps[0])}
     if judge is not None:
         result["judge"] = judge.as_dict()
         result["generative"] = _generative(args, model, corpora[0], drawn, judge)
@@ -185,10 +192,10 @@ def _check(args: argparse.Namespace) -> list[str]:
     least = {"draws": 1, "batch-size": 1, "samples": 1, "sequences": 0}
     for name, smallest in least.items():
         value = getattr(args, name.replace("-", "_"))
-        if value < smallest:
+        if value is not None and value < smallest:
             raise ConfigError(f"--{name} must be at least {smallest}", found=str(value))
     check_seed(args.seed)
-    if args.draws > MAX_DRAWS:
+    if args.draws is not None and args.draws > MAX_DRAWS:
         raise ConfigError("too many draws", found=str(args.draws), change=f"the noise counter holds {MAX_DRAWS}")
     for name, readers in READ_BY.items():
         if getattr(args, name) is not None and not set(readers) & set(metrics):
@@ -288,11 +295,22 @@ def _draw(args: argparse.Namespace, model: LoadedModel, steps: int | None) -> Sa
         raise ConfigError(
             "a model of (source, target) pairs writes answers, not texts of its own", change="--metrics conditional"
         )
-    settings = model.config.sampling if steps is None else replace(model.config.sampling, steps=steps)
+    prompt = no_prompt(args.samples, model.config.data.sequence_length)
     return draw_in_batches(
-        model.objective, settings, no_prompt(args.samples, model.config.data.sequence_length), key=args.seed,
+        model.objective, _settings(model, steps), prompt, key=args.seed,
         precision=model.config.run.precision, progress=_progress(_about("samples drawn", steps)),
     )  # fmt: skip
+
+
+def _settings(model: LoadedModel, steps: int | None) -> SamplingConfig:
+    return model.config.sampling if steps is None else replace(model.config.sampling, steps=steps)
+
+
+def _sampler(model: LoadedModel, steps: int | None) -> dict[str, Any]:
+    """What makes the samples of so many steps."""
+    from braid.pretrain.sampling.output import sampler_settings
+
+    return sampler_settings(_settings(model, steps), model.config.objective, model.config.run.precision)
 
 
 def _entropy(samples: Samples) -> dict[str, Any]:
@@ -319,7 +337,8 @@ def _generative(
     sets = [("data", control), *files]
     for steps, samples in drawn.items():
         calls, _ = mean_and_error(samples.network_calls)
-        texts = texts_of_rows(samples.tokens.numpy(), tokenizer, wrapped=wrapped, network_calls=calls, steps=steps)
+        about = {"network_calls": calls, "sampler": _sampler(model, steps)}
+        texts = texts_of_rows(samples.tokens.numpy(), tokenizer, wrapped=wrapped, **about)
         sets.append((_about("samples", steps), texts))
 
     def judged(name, texts):
@@ -334,10 +353,10 @@ def _answer(args: argparse.Namespace, model: LoadedModel, rows: Rows, steps: int
     from .conditional import answer_rows, measure_answers
 
     answers = answer_rows(
-        model, rows, args.samples, steps=steps, seed=args.seed,
+        model, _settings(model, steps), rows, args.samples, seed=args.seed,
         progress=_progress(_about("sources answered", steps)),
     )  # fmt: skip
-    return {"steps": steps, **measure_answers(answers, model.tokenizer.decode)}
+    return {"steps": steps, "sampler": _sampler(model, steps), **measure_answers(answers, model.tokenizer.decode)}
 
 
 def _about(what: str, steps: int | None) -> str:

@@ -7,7 +7,7 @@ after it, up to the first EOS, and the reference is the row's own target.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from braid.data_pipeline.loader import validation_batches
 from braid.data_pipeline.packing import Rows
 from braid.kernels.errors import ConfigError, InputError
 from braid.pretrain.checkpoint.snapshot import LoadedModel
+from braid.pretrain.config.schema import SamplingConfig
 from braid.pretrain.sampling.batches import draw_in_batches
 from braid.pretrain.sampling.prompts import Prompt
 
@@ -38,10 +39,10 @@ class Answers:
 
 def answer_rows(
     model: LoadedModel,
+    settings: SamplingConfig,
     rows: Rows,
     num: int,
     *,
-    steps: int | None,
     seed: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Answers:
@@ -59,7 +60,6 @@ def answer_rows(
     tokens, scored, given = (
         torch.cat([getattr(batch, name) for batch in batches]) for name in ("tokens", "loss_mask", "condition")
     )
-    settings = model.config.sampling if steps is None else replace(model.config.sampling, steps=steps)
     samples = draw_in_batches(
         model.objective, settings, Prompt(tokens, given), key=seed, precision=model.config.run.precision,
         progress=progress,

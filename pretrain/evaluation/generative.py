@@ -42,7 +42,8 @@ class Texts:
     """The whole rows in the model's own tokens, special ones and what follows the EOS included, int64."""
     network_calls: float | None = None
     """Mean over the samples; None where nobody counted."""
-    steps: int | None = None
+    sampler: dict[str, Any] | None = None
+    """What made them, as `sampling.output.sampler_settings` says it; None where that is not known, or nothing did."""
 
 
 @dataclass(frozen=True)
@@ -112,13 +113,12 @@ def read_samples(path: Path, tokenizer: Tokenizer, *, wrapped: bool) -> Texts:
             texts[index], ended[index] = one.texts[0], one.ended[0]
     calls = [record.get("network_calls") for record in records]
     samplers = [record.get("sampler") for record in records]
-    steps = {sampler.get("steps") if isinstance(sampler, dict) else None for sampler in samplers}
     return Texts(
         texts,
         ended,
         tokens,
         network_calls=float(np.mean(calls)) if all(isinstance(each, int) for each in calls) else None,
-        steps=steps.pop() if len(steps) == 1 else None,
+        sampler=samplers[0] if isinstance(samplers[0], dict) and samplers.count(samplers[0]) == len(samplers) else None,
     )
 
 
@@ -158,7 +158,8 @@ def measure(texts: Texts, judged: Judged, reference: Reference) -> dict[str, Any
     repeated = [repetition(ids, REPEATED) for ids in read if len(ids) >= REPEATED]
     return finite(
         {
-            "steps": texts.steps,
+            "steps": (texts.sampler or {}).get("steps"),
+            "sampler": texts.sampler,
             "network_calls": texts.network_calls,
             "num": len(texts.texts),
             "num_empty": judged.num_empty,

@@ -31,6 +31,7 @@ def format_table(result: dict[str, Any]) -> str:
             f"entropy of {samples['num']} samples: {samples['entropy']:.4f} nats "
             f"({samples['network_calls']:g} network calls a sample)"
         )
+        lines += _drawn_by({"samples": samples})
     if "generative" in result:
         lines += _generative(result)
     if "conditional" in result:
@@ -83,6 +84,7 @@ def _generative(result: dict[str, Any]) -> list[str]:
     return [
         f"samples before the judge {judge['path']} ({judge['kind']}, {judge['precision']})",
         *_columns(rows),
+        *_drawn_by({entry["name"]: entry for entry in result["generative"]}),
         f"  A text is read after BOS up to its first EOS; cut: longer than {judge['max_length']} tokens with BOS, the "
         "rest not scored.",
         *LEGEND,
@@ -109,7 +111,21 @@ def _conditional(result: dict[str, Any]) -> list[str]:
         for entry in result["conditional"]
     ]
     signature = result["conditional"][0]["bleu_signature"]
-    return [f"answers to given sources, in percent (sacrebleu {signature}; ROUGE: stemmed F1)", *_columns(rows)]
+    return [
+        f"answers to given sources, in percent (sacrebleu {signature}; ROUGE: stemmed F1)",
+        *_columns(rows),
+        *_drawn_by({f"{row['steps']} steps": entry for row, entry in zip(rows, result["conditional"], strict=True)}),
+    ]
+
+
+def _drawn_by(entries: dict[str, dict[str, Any]]) -> list[str]:
+    """A line for each way in which texts were made, with the names of the entries made so."""
+    ways: dict[str, list[str]] = {}
+    for name, entry in entries.items():
+        if entry["sampler"] is not None:
+            settings = {key: value for key, value in entry["sampler"].items() if key != "steps"}
+            ways.setdefault(", ".join(f"{key} {value}" for key, value in settings.items()), []).append(name)
+    return [f"  {'; '.join(names)}: {way}" for way, names in ways.items()]
 
 
 def _columns(rows: Sequence[dict[str, str]]) -> list[str]:

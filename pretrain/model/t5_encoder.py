@@ -2,7 +2,9 @@
 
 Which one matters, best first, by the paper's ablation: a pretrained contextual encoder (T5-small) > a contextual one
 trained from scratch > the token table of a pretrained one > a frozen Gaussian table > a learned table. The first two
-are `T5Latents`, the next two `TableLatents`; a learned table is not offered.
+are `T5Latents`. `TableLatents` has the Gaussian one, and two that the paper does not rank: a table built from the
+corpus, and the token embeddings another run has learnt. That of a pretrained encoder is not offered, nor one that is
+learned with ELF.
 
 Where rows hold a (source, target) pair, the source is the condition. It is read by itself: its latents know nothing of
 the target, as at sampling. The target reads everything. For guidance by the source some rows drop it: then the target

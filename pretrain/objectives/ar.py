@@ -23,6 +23,8 @@ class AR(Objective):
 
     name = "ar"
     causal = True
+    answers = False
+    """Trained on (source, target) pairs: what it writes ends at the first EOS, and EOS fills the row."""
     figures = (Figure("nll", "exact NLL", True, "exact: next-token cross-entropy of every token of the row"),)
 
     def corrupt(self, batch: Batch, noise: Noise) -> TokenCorrupted:
@@ -52,4 +54,6 @@ def build(config: Config, tokenizer: Tokenizer, encoder: Encoder | None, region:
         seed=config.run.seed,
         region=region,
     )
-    return AR(config.objective, network, **special_ids(tokenizer))
+    objective = AR(config.objective, network, **special_ids(tokenizer))
+    objective.answers = config.data.packing == "pairs"
+    return objective

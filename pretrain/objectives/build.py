@@ -23,9 +23,6 @@ from braid.pretrain.planning.facts import plan_facts
 
 from .base import Objective
 
-WITHOUT_ENCODER = ("none", "learned")
-"""Kinds of `objective.encoder` that are no frozen encoder."""
-
 
 def build_objective(
     config: Config,
@@ -62,7 +59,7 @@ def build_stage(config: Config, mesh: Mesh) -> Stage:
 def needs_encoder(config: Config) -> bool:
     """Whether the objective reads what a frozen encoder says of the text."""
     encoder = getattr(config.objective, "encoder", None)
-    return encoder is not None and encoder.kind not in WITHOUT_ENCODER
+    return encoder is not None and encoder.kind != "learned"
 
 
 def training_encoder(config: Config, corpus: TokenCorpus, world: World) -> Encoder | None:

@@ -23,8 +23,8 @@ from braid.kernels.random import fold_key
 from braid.parallel.layers import ALONE, Region
 from braid.pretrain.config.schema import Config
 from braid.pretrain.diffusion.gaussian import noised
-from braid.pretrain.diffusion.ladd import LatentSchedule, bound_times, second_strata, shifted_times
-from braid.pretrain.diffusion.times import to_range
+from braid.pretrain.diffusion.ladd import LatentSchedule, bound_times, shifted_times
+from braid.pretrain.diffusion.times import BOUND_TIME_MIN, second_strata, to_range
 from braid.pretrain.model.blocks import DropoutKey
 from braid.pretrain.model.encoders import Encoder
 from braid.pretrain.model.joint_attention import JointDenoiser, SlotPrediction
@@ -34,7 +34,6 @@ from braid.pretrain.model.pooling import unit_norm
 
 from .base import Figure, LossTerms, Noise, special_ids, sum_terms
 from .ladd import (
-    BOUND_TIME_MIN,
     LADD,
     LATENTS_OFF,
     SURVIVAL,

@@ -23,8 +23,8 @@ from braid.parallel.layers import ALONE, Region
 from braid.pretrain.config.schema import Config
 from braid.pretrain.diffusion.absorbing import mask_tokens, masked_cross_entropy
 from braid.pretrain.diffusion.gumbel import temperature
-from braid.pretrain.diffusion.ladd import Survival, second_strata
-from braid.pretrain.diffusion.times import to_range
+from braid.pretrain.diffusion.ladd import Survival
+from braid.pretrain.diffusion.times import BOUND_TIME_MIN, second_strata, to_range
 from braid.pretrain.model.codebook import Codebook
 from braid.pretrain.model.encoders import Encoder
 from braid.pretrain.model.gumbel_codebook import GumbelCodebook
@@ -33,7 +33,6 @@ from braid.pretrain.model.latent_encoder import LatentEncoder
 
 from .base import Figure, LossTerms, Noise, special_ids, sum_terms
 from .ladd import (
-    BOUND_TIME_MIN,
     LADD,
     LATENTS_OFF,
     SURVIVAL,

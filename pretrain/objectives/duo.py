@@ -13,7 +13,7 @@ from braid.data_pipeline.tokenizers import Tokenizer
 from braid.parallel.layers import ALONE, Region
 from braid.pretrain.config.schema import Config
 from braid.pretrain.diffusion.duality import soft_tokens, token_survival
-from braid.pretrain.diffusion.times import to_range
+from braid.pretrain.diffusion.times import BOUND_TIME_MIN, to_range
 from braid.pretrain.diffusion.uniform import decoding_nats, in_float64, replace_tokens, skip_mask, uniform_nats
 from braid.pretrain.model.backbone import Backbone, Prediction
 from braid.pretrain.model.encoders import Encoder
@@ -21,7 +21,6 @@ from braid.pretrain.model.network import Network
 
 from .base import Corrupted, Figure, LossTerms, Noise, Objective, special_ids, sum_positions, sum_terms
 
-BOUND_TIME_MIN = 1e-5
 PUBLISHED_EPS = 1e-3
 
 

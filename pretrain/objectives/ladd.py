@@ -37,7 +37,6 @@ from .base import Figure, Noise, Objective, TokenCorrupted, sum_positions
 
 HIDING_LEVEL_COIN, HIDING_COIN, LATENT_DROPOUT_COIN = 1, 2, 3
 ENCODER_MASKING_WORD = 2
-BOUND_TIME_MIN = 1e-5
 SURVIVAL = Survival()
 
 TOKEN_BOUND = Figure(

@@ -11,14 +11,13 @@ from braid.parallel.layers import ALONE, Region
 from braid.pretrain.config.schema import Config
 from braid.pretrain.diffusion.absorbing import mask_tokens, masked_cross_entropy
 from braid.pretrain.diffusion.schedules import LogLinear
-from braid.pretrain.diffusion.times import to_range
+from braid.pretrain.diffusion.times import BOUND_TIME_MIN, to_range
 from braid.pretrain.model.backbone import Backbone, Prediction
 from braid.pretrain.model.encoders import Encoder
 
 from .base import Figure, LossTerms, Noise, Objective, TokenCorrupted, special_ids, sum_positions, sum_terms
 
 BOUND = LogLinear(eps=0.0)
-BOUND_TIME_MIN = 1e-5
 PUBLISHED = LogLinear(eps=1e-3)
 PUBLISHED_TIME_MIN = 1e-3
 

@@ -213,9 +213,6 @@ def conditions_of(run: Run) -> list[tuple[str, str]]:
     found = run.evaluation
     if found is None:
         return []
-    span_of_t = found.get("t_range")
-    if isinstance(span_of_t, (list, tuple)):
-        span_of_t = " to ".join(f"{value:g}" for value in span_of_t)
     exact = found.get("bytes_are_exact")
     how = "" if exact is None else " (exact)" if exact else " (from the split's mean bytes per token)"
     entries = [
@@ -224,7 +221,6 @@ def conditions_of(run: Run) -> list[tuple[str, str]]:
         ("Sequence length", found.get("sequence_length")),
         ("Packing", found.get("packing")),
         ("Draws per sequence", found.get("draws")),
-        ("t range", span_of_t),
         ("Precision", found.get("dtype")),
         ("Weights", found.get("weights")),
         ("Checkpoint", f"step {found['checkpoint_step']:,}" if known(found.get("checkpoint_step")) else None),

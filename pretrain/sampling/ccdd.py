@@ -44,7 +44,7 @@ def _jointly(objective: CCDD, tokens: Tensor, prompt: Prompt, draws: Draws) -> T
         logits, zhat = _predict(objective, tokens, latents.z, t, draws, everyone)
         revealed = reveal(tokens, objective.mask_id, t, s, step, draws)
         if revealed.any():
-            tokens = fill(tokens, revealed, logits[revealed], objective.mask_id, step, draws)
+            tokens = fill(tokens, revealed, logits[revealed], objective.mask_id, s, step, draws)
         latents.step(zhat, t, s, step)
         draws.frame(s, tokens, latents.z)
         draws.progress(step + 1, draws.settings.steps)
@@ -64,7 +64,7 @@ def _from_visible(objective: CCDD, tokens: Tensor, prompt: Prompt, draws: Draws)
             if given is not None:  # trained with the representations of the given tokens alone
                 z = torch.where(prompt.known[active][..., None], given[active], z)
             logits, _ = _predict(objective, tokens[active], z, t, draws, active)
-            tokens = fill(tokens, revealed, logits[revealed[active]], objective.mask_id, step, draws)
+            tokens = fill(tokens, revealed, logits[revealed[active]], objective.mask_id, s, step, draws)
         draws.frame(s, tokens)
         draws.progress(step + 1, draws.settings.steps)
     return tokens
@@ -85,7 +85,8 @@ def _predict(objective: CCDD, tokens: Tensor, z: Tensor, t: float, draws: Draws,
 
 class _Latents:
     """The continuous strand while sampling. Known positions follow the forward process of what the encoder says of
-    the prompt, with one fixed noise each, so that the network sees them as in training at every step."""
+    the prompt, with one fixed noise each. The network has seen them so in training where the encoder is a table, which
+    looks at one token at a time, or rows are pairs; else a contextual one has read other visible tokens beside them."""
 
     def __init__(self, objective: CCDD, prompt: Prompt, draws: Draws) -> None:
         self.schedule, self.draws = objective.schedule, draws

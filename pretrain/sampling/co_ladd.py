@@ -37,7 +37,7 @@ def sample(objective: CoLADD, prompt: Prompt, draws: Draws) -> Tensor:
         prediction = call(objective, tokens, latents, t, t, draws, everyone(draws))
         revealed = reveal(tokens, objective.mask_id, t, s, step, draws)
         if revealed.any():
-            tokens = fill(tokens, revealed, prediction.logits[revealed], objective.mask_id, step, draws)
+            tokens = fill(tokens, revealed, prediction.logits[revealed], objective.mask_id, s, step, draws)
         latents = _latent_step(objective, latents, prediction.latents, t, s, step, draws)
         draws.frame(s, tokens, latents)
         draws.progress(step + 1, draws.settings.steps)

@@ -19,7 +19,7 @@ OPTIONS = {
     "guidance": (float, "ccdd: weight of guidance by the latents, 1 is none; elf: the guidance scale"),
     "temperature": (float, "temperature of the token distribution"),
     "top-p": (float, "nucleus: smallest token set with this mass; 1 keeps all"),
-    "greedy-final": (None, "duo, gidd: the last step takes the most probable tokens"),
+    "greedy-final": (None, "mdlm, duo, gidd, ccdd, co_ladd, di_ladd: the last step takes the most probable tokens"),
     "score-temperature": (float, "replaid: divides the predicted noise"),
     "token-guidance": (float, "replaid: weight of the gradient of the known tokens' log-probability"),
     "latent-steps": (int, "co_ladd, di_ladd: steps of the latents in the sequential samplers"),
@@ -91,7 +91,7 @@ def main(args: argparse.Namespace) -> int:
         model.objective, settings, prompt, key=args.seed, precision=model.config.run.precision,
         batch_size=args.batch_size, progress=_progress,
     )  # fmt: skip
-    used = sampler_settings(settings, model.config.objective)
+    used = sampler_settings(settings, model.config.objective, model.config.run.precision)
     write_samples(args.output, samples, model.tokenizer, used, step=model.step, seed=args.seed)
     for index, tokens in enumerate(samples.tokens.tolist()):
         print(f"--- sample {index}\n{model.tokenizer.decode(tokens)}")
@@ -113,6 +113,12 @@ def _problems(args: argparse.Namespace, settings: SamplingConfig, objective: Obj
     check.at_least("--batch-size", args.batch_size, 0)
     given = [name.replace("-", "_") for name in OPTIONS if getattr(args, name.replace("-", "_")) is not None]
     check_sampling(check, settings, objective, named, given)
+    if args.token_guidance and args.prompt is None and args.infill is None:
+        check.add(
+            f"--token-guidance {args.token_guidance} would do nothing: it follows the gradient of the known tokens",
+            found="neither --prompt nor --infill",
+            change="leave it out, or give a prompt",
+        )
     return check.problems
 
 

@@ -39,7 +39,7 @@ def sample(objective: DiLADD, prompt: Prompt, draws: Draws) -> Tensor:
             )
             if revealed.any():
                 logits = prediction.logits[revealed[active]]
-                tokens = fill(tokens, revealed, logits, objective.mask_id, step, draws)
+                tokens = fill(tokens, revealed, logits, objective.mask_id, s, step, draws)
         draws.frame(s, tokens)
         draws.progress(step + 1, draws.settings.steps)
     return tokens

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from braid.pretrain.diffusion.absorbing import unmask_probability
+from braid.pretrain.diffusion.absorbing import unmask_probability, without_mask
 from braid.pretrain.objectives.mdlm import MDLM
 
 from .draws import Draws
@@ -28,7 +28,7 @@ def sample(objective: MDLM, prompt: Prompt, draws: Draws) -> Tensor:
         if active.any():
             draws.call(active)
             logits = objective.network(tokens[active], draws.batch_times(t)[active]).logits
-            tokens = fill(tokens, revealed, logits[revealed[active]], objective.mask_id, step, draws)
+            tokens = fill(tokens, revealed, logits[revealed[active]], objective.mask_id, s, step, draws)
         draws.frame(s, tokens)
         draws.progress(step + 1, draws.settings.steps)
     return tokens
@@ -39,8 +39,14 @@ def reveal(tokens: Tensor, mask_id: int, t: float, s: float, step: int, draws: D
     return (tokens == mask_id) & (draws.uniforms(step) < unmask_probability(1 - t, 1 - s))
 
 
-def fill(tokens: Tensor, revealed: Tensor, logits_MV: Tensor, mask_id: int, step: int, draws: Draws) -> Tensor:
-    """The tokens with the M revealed positions drawn from their logits, in the order of `nonzero`."""
+def fill(
+    tokens: Tensor, revealed: Tensor, logits_MV: Tensor, mask_id: int, s: float, step: int, draws: Draws
+) -> Tensor:
+    """The tokens with the M positions revealed up to time s drawn from their logits, in the order of `nonzero`. With
+    `greedy_final` (published) the last step takes the most probable ones."""
     rows, columns = revealed.nonzero(as_tuple=True)
-    drawn = draws.tokens(logits_MV, step, rows, columns, forbidden=mask_id)
+    if draws.settings.greedy_final and s == 0:
+        drawn = without_mask(draws.whole(logits_MV), mask_id).argmax(-1)
+    else:
+        drawn = draws.tokens(logits_MV, step, rows, columns, forbidden=mask_id)
     return tokens.index_put((rows, columns), drawn)

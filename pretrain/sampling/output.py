@@ -15,10 +15,11 @@ from braid.pretrain.config.schema import SamplingConfig
 from .sampler import Samples, sample_entropy
 
 
-def sampler_settings(settings: SamplingConfig, objective: ObjectiveConfig) -> dict[str, Any]:
-    """The settings that the objective's sampler read, with the sampler's name spelt out."""
+def sampler_settings(settings: SamplingConfig, objective: ObjectiveConfig, precision: str) -> dict[str, Any]:
+    """What made samples: the settings that the objective's sampler read, with the sampler's name spelt out, and the
+    network's precision."""
     read = {name: getattr(settings, name) for name in read_fields(objective)}
-    return read | {"sampler": sampler_name(settings, objective)}
+    return read | {"sampler": sampler_name(settings, objective), "precision": precision}
 
 
 def write_samples(

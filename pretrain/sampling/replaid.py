@@ -63,8 +63,9 @@ class _Denoiser:
         self.start = draws.fixed_normals(draws.length, self.embeddings.shape[1]).double()
         self.clean = self.embeddings[prompt.tokens].double()
         self.known = prompt.known[..., None]
-        guided = draws.settings.token_guidance > 0
-        self.pinned = prompt.known & (not guided)
+        # Where nothing is known there is nothing to follow, and no backward pass to pay for.
+        self.guided = draws.settings.token_guidance > 0 and bool(prompt.known.any())
+        self.pinned = prompt.known & (not self.guided)
         self.shown_clean = self.pinned & objective.given_clean
         self.earlier = torch.zeros_like(self.start, dtype=torch.float32)
         self.best: Tensor
@@ -72,10 +73,10 @@ class _Denoiser:
     def estimate(self, z: Tensor, gamma: Tensor, t: float) -> Tensor:
         """x, float64 [N, L, D], for z float64 at gamma (a scalar) and time t: one call of the network."""
         settings = self.draws.settings
-        with torch.set_grad_enabled(settings.token_guidance > 0):
-            z = self._with_known(z.detach(), gamma).requires_grad_(settings.token_guidance > 0)
+        with torch.set_grad_enabled(self.guided):
+            z = self._with_known(z.detach(), gamma).requires_grad_(self.guided)
             logits = self._logits(z, gamma, t)
-            towards_known = self._gradient_of_known(logits, z) if settings.token_guidance > 0 else 0.0
+            towards_known = self._gradient_of_known(logits, z) if self.guided else 0.0
         logits, z = logits.detach(), z.detach()
         self.best = logits.argmax(-1)
         x = mean_embedding(logits.softmax(-1), self.embeddings, self.frozen)

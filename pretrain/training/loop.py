@@ -315,7 +315,7 @@ class Trainer:
         samples = self._look(lambda: draw_samples(self.objective, settings, prompt, key=seed))
         if self.world.rank == 0:
             path = self.run_dir / "samples" / f"step-{self.step:08d}.jsonl"
-            used = sampler_settings(settings, self.config.objective)
+            used = sampler_settings(settings, self.config.objective, self.config.run.precision)
             try:
                 write_samples(path, samples, self.tokenizer, used, step=self.step, seed=seed)
             except OSError as error:

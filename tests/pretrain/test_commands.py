@@ -58,7 +58,7 @@ def test_the_run_directory_is_as_documented(braid):
     assert first["tokens_seen"] == 2 * 16 * 32
     validation = [line for line in lines(run / "metrics.jsonl") if line["split"] == "validation"]
     assert [line["step"] for line in validation] == [3, 6]
-    assert {"token_bound", "token_bound_latents_off", "joint_nelbo"} == set(validation[0]["terms"])
+    assert {"token_bound", "token_bound_latents_off", "joint_nelbo", "published"} == set(validation[0]["terms"])
     assert json.loads((run / "outcome.json").read_text())["status"] == "done"
     assert [path.name for path in sorted((run / "samples").iterdir())] == ["step-00000003.jsonl", "step-00000006.jsonl"]
 
@@ -74,7 +74,8 @@ def test_the_resolved_configuration_is_a_recipe(braid):
 def test_evaluate_writes_what_it_prints(braid):
     done = braid("evaluate", "ccdd", "--metrics", "bound,entropy", "--sequences", 5, "--draws", 3, "--samples", 3)
     result = json.loads((braid.folder / "ccdd" / "evaluation.json").read_text())
-    bound, off, joint = result["figures"]
+    bound, off, joint, published = result["figures"]
+    assert published["name"] == "published" and not published["is_bound"]
     assert bound["name"] == "token_bound" and bound["is_bound"] and joint["name"] == "joint_nelbo"
     assert off["name"] == "token_bound_latents_off" and off["is_bound"]
     assert f"{bound['value']:.4f}" in done.stdout and bound["label"] in done.stdout
@@ -93,7 +94,8 @@ def test_evaluate_writes_what_it_prints(braid):
 def test_evaluate_of_an_exact_likelihood_draws_once(braid):
     braid("evaluate", "ar", "--sequences", 5, "--draws", 3)
     result = json.loads((braid.folder / "ar" / "evaluation.json").read_text())
-    assert result["draws"] == 1 and result["t_range"] is None
+    assert result["draws"] == 1
+    assert "t_range" not in result, "each figure has a range of its own, and its note says it"
     assert [figure["name"] for figure in result["figures"]] == ["nll"]
 
 

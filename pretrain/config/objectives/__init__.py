@@ -63,13 +63,13 @@ SAMPLERS: dict[str, tuple[str, ...]] = {
 
 SAMPLING_FIELDS: dict[str, tuple[str, ...]] = {
     "ar": (),
-    "mdlm": (),
+    "mdlm": ("greedy_final",),
     "duo": ("greedy_final",),
     "gidd": ("greedy_final",),
-    "ccdd": ("guidance",),
+    "ccdd": ("guidance", "greedy_final"),
     "replaid": ("score_temperature", "token_guidance"),
-    "co_ladd": ("latent_steps",),
-    "di_ladd": ("latent_steps",),
+    "co_ladd": ("latent_steps", "greedy_final"),
+    "di_ladd": ("latent_steps", "greedy_final"),
     "elf": ("guidance", "noise_scale", "input_guidance"),
     "t5": (),
 }

@@ -51,7 +51,7 @@ class CCDDConfig:
     """The frozen encoder of the continuous strand."""
     latent_mode: str = "diffused"
     """`diffused`, or `features` (a control): the encoder's representations of the visible tokens are an input, clean;
-    they are neither noised nor predicted. Always p_r = 1, so `full_visibility_probability` says nothing then."""
+    they are neither noised nor predicted. Always p_r = 1, so `full_visibility_probability` stays at its default."""
     latent_times: str = "shared"
     """Time of the latents: `shared` with the tokens; `independent`, drawn by itself (sampled and evaluated at the
     tokens' time); `clean`, always 0, so that latents are predicted but never noised (sampled from visible tokens, as
@@ -151,6 +151,7 @@ def _check_undiffused(check: Check, config: Config) -> None:
             "continuous_weight": "ddpm_x",
             "continuous_scale": 1.0,
             "latent_sigma": 0.1,
+            "full_visibility_probability": 0.5,
         }
     elif ccdd.latent_times == "clean":
         why = "objective.latent_times = 'clean' does not noise the latents"
@@ -161,6 +162,12 @@ def _check_undiffused(check: Check, config: Config) -> None:
                 found="objective.continuous_weight = 'inv_snr', objective.latent_times = 'clean'",
                 change="objective.continuous_weight=uniform",
             )
+    if ccdd.latent_mode != "features" and ccdd.continuous_scale == 0 and ccdd.continuous_weight != "ddpm_x":
+        check.add(
+            f"objective.continuous_weight = {ccdd.continuous_weight!r} is ignored: the latents have no loss",
+            found="objective.continuous_scale = 0",
+            change="objective.continuous_weight=ddpm_x, or a continuous_scale above 0",
+        )
     for name, neutral in ignored.items():
         if (value := getattr(ccdd, name)) != neutral:
             check.add(f"objective.{name} = {value!r} is ignored", why, f"objective.{name}={neutral}")

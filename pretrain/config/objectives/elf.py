@@ -73,6 +73,12 @@ def check(check: Check, config: Config) -> None:
     check.within("objective.decode_probability", elf.decode_probability, "()", 0, 1)
     check.within("objective.self_condition_probability", elf.self_condition_probability, "[]", 0, 1)
     check.within("objective.condition_dropout", elf.condition_dropout, "[)", 0, 1)
+    if not paired and elf.condition_dropout != ELFConfig.condition_dropout:
+        check.add(
+            f"objective.condition_dropout = {elf.condition_dropout} is ignored: there are no sources to drop",
+            found=f"data.packing = {config.data.packing!r}",
+            change=f"objective.condition_dropout={ELFConfig.condition_dropout}, or data.packing=pairs",
+        )
     ranged = check.within("objective.guidance_min", elf.guidance_min, "(]", 0, 1)
     if check.at_least("objective.guidance_max", elf.guidance_max, 1) and ranged:
         check.within("sampling.guidance", sampling.guidance, "[]", elf.guidance_min, elf.guidance_max)

@@ -92,6 +92,9 @@ def check_ladd(check: Check, config: Config) -> None:
     check.at_least("objective.latent_warmup_steps", ladd.latent_warmup_steps, 1)
     if ladd.latent_warmup == "none":
         check_ignored(check, ladd, ("latent_warmup_steps",), "objective.latent_warmup = 'none'")
+    if ladd.latent_scale == 0:
+        stages = ("stage_one_steps", "latent_warmup")
+        check_ignored(check, ladd, stages, "objective.latent_scale = 0", "the latents never have a loss")
     check.at_least("objective.independence_scale", ladd.independence_scale, 0)
     check.within("objective.encoder_masking", ladd.encoder_masking, "[)", 0, 1)
     _check_encoder(check, ladd)

@@ -87,6 +87,7 @@ def the_problem(*overrides, **options):
         "optimizer.warmup_steps=21",
         "optimizer.decay_steps=5",
         "optimizer.min_lr_ratio=1.5",
+        "optimizer.min_lr_ratio=0.5",
         "training.steps=0",
         "training.global_batch_size=0",
         "training.global_batch_size=12",

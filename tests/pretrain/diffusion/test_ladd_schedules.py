@@ -10,7 +10,6 @@ from braid.pretrain.diffusion.ladd import (
     LatentSchedule,
     Survival,
     bound_times,
-    second_strata,
     shifted_times,
 )
 
@@ -87,35 +86,6 @@ def test_time_shift_and_its_correction(factor):
     for f, integral in ((lambda t: torch.exp(-3 * t), (1 - math.exp(-3)) / 3), (lambda t: t**2, 1 / 3)):
         assert float((weights / 2 * rate * f(times)).sum()) == pytest.approx(integral, rel=1e-9)
         assert abs(float((weights / 2 * f(times)).sum()) - integral) > 0.01
-
-
-def strata_of(num: int, shift: float) -> tuple[torch.Tensor, torch.Tensor]:
-    index, shift = torch.arange(num), torch.full((num,), shift, dtype=torch.float64)
-    return (index + shift) / num, second_strata(index, shift)
-
-
-def test_second_strata_cover_the_interval_and_the_square():
-    """Each of them evenly, for every shift; and the pairs together: every cell of an 8 x 8 grid gets its share."""
-    for shift in (0.1, 0.5, 0.777):
-        first, second = strata_of(512, shift)
-        assert 0 <= float(second.min()) and float(second.max()) < 1
-        gaps = torch.diff(second.sort().values)
-        assert float(gaps.max()) < 3 / 512
-        cells = torch.bincount((first * 8).long() * 8 + (second * 8).long(), minlength=64)
-        assert int(cells.min()) >= 6 and int(cells.max()) <= 10  # 8 on average
-
-
-def test_second_strata_are_independent_of_the_first_and_unbiased():
-    """Over the 32-bit shifts that can be drawn, a sample's pair of strata has independent uniform parts."""
-    words = torch.randint(0, 1 << 32, (200_000,), generator=torch.Generator().manual_seed(0))
-    shift = (words.double() + 0.5) * 2.0**-32
-    for number in (0, 3, 500):
-        second = second_strata(torch.full_like(words, number), shift)
-        assert abs(float(second.mean()) - 0.5) < 5 * math.sqrt(1 / 12 / len(words))
-        assert abs(float(torch.corrcoef(torch.stack([shift, second]))[0, 1])) < 5 / math.sqrt(len(words))
-        cells = torch.bincount((shift * 10).long() * 10 + (second * 10).long(), minlength=100).double()
-        chi_square = float(((cells - len(words) / 100).square() / (len(words) / 100)).sum())
-        assert chi_square < 99 + 5 * math.sqrt(2 * 99)
 
 
 def test_bound_times_invert_their_distribution():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from braid.kernels.errors import ConfigError
+from braid.pretrain.config.schema import SamplingConfig
 from braid.pretrain.evaluation import conditional
 from braid.pretrain.evaluation.conditional import (
     Answers,
@@ -137,7 +138,7 @@ def test_answers_are_what_follows_the_source_up_to_its_end(monkeypatch):
         return Samples(tokens, [7, 7, 7, 7, 6])
 
     monkeypatch.setattr(conditional, "draw_in_batches", answer)
-    found = answer_rows(model, rows, 5, steps=7, seed=3)
+    found = answer_rows(model, SamplingConfig(steps=7), rows, 5, seed=3)
     decode = model.tokenizer.decode
     assert [decode(ids) for ids in found.references] == [target for _, target in PAIRS]
     assert [decode(ids) for ids in found.answers] == ["12"] * 5
@@ -148,4 +149,4 @@ def test_answers_are_what_follows_the_source_up_to_its_end(monkeypatch):
 
     rows.packing = "wrap"
     with pytest.raises(ConfigError, match="pairs"):
-        answer_rows(model, rows, 5, steps=7, seed=3)
+        answer_rows(model, SamplingConfig(steps=7), rows, 5, seed=3)

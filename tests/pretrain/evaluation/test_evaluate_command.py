@@ -17,7 +17,7 @@ TEXT = "\n".join(
     for n, (colour, animal) in enumerate((c, a) for c in ("red", "blue", "green") for a in ("fox", "owl", "old cat"))
 )
 ENTRY = {
-    "name", "steps", "network_calls", "num", "num_empty", "num_truncated", "num_tokens", "nats_per_token",
+    "name", "steps", "sampler", "network_calls", "num", "num_empty", "num_truncated", "num_tokens", "nats_per_token",
     "standard_error", "perplexity", "entropy", "entropy_standard_error", "judge_entropy",
     "judge_entropy_standard_error", "distinct_1", "distinct_2", "distinct_3", "repetition_4", "frequency_kl",
     "divergence",
@@ -86,6 +86,11 @@ def test_generative_perplexity_never_comes_alone(evaluate, monkeypatch):
         assert f" {entry['perplexity']:.2f}+-" in printed
     assert data["steps"] is None and data["network_calls"] is None
     assert two["steps"] == 2 and 1 < two["network_calls"] <= 2 and four["steps"] == 4 and 2 < four["network_calls"] <= 4
+    made = {"sampler": "ancestral", "temperature": 1.0, "top_p": 1.0, "greedy_final": False, "precision": "fp32"}
+    assert data["sampler"] is None and two["sampler"] == made | {"steps": 2} and four["sampler"] == made | {"steps": 4}
+    assert result["samples"]["sampler"] == two["sampler"]
+    way = "sampler ancestral, temperature 1.0, top_p 1.0, greedy_final False, precision fp32"
+    assert f"samples, 2 steps; samples, 4 steps: {way}" in printed
     assert data["frequency_kl"] < two["frequency_kl"], "an untrained model's tokens are not the corpus's"
     assert result["samples"]["num"] == 7 and result["samples"]["entropy"] == pytest.approx(two["entropy"])
     assert result["samples"]["network_calls"] == two["network_calls"]
@@ -155,6 +160,8 @@ def test_answers_to_the_sources_of_pairs(evaluate):
         for name in ("bleu", "bleu_cased", "rouge_1", "rouge_2", "rouge_l", "exact_match", "token_accuracy"):
             assert 0 <= entry[name] <= 100
         assert entry["bleu_signature"] in printed
+        assert entry["sampler"]["sampler"] == "ancestral" and entry["sampler"]["steps"] == entry["steps"]
+    assert "2 steps; 6 steps: sampler ancestral, temperature 1.0" in printed
     again, _ = evaluate("pairs", "--metrics", "conditional", "--sample-steps", 2, "--samples", 3, "--split", "train",
                         "--batch-size", 1)  # fmt: skip
     assert again["conditional"] == result["conditional"][:1]
@@ -175,6 +182,9 @@ def test_only_a_bound_replaces_the_runs_own_evaluation(evaluate, folder, monkeyp
 @pytest.mark.parametrize(
     "words, says",
     [
+        (["mdlm", "--metrics", "entropy", "--draws", "7"], "--draws would be ignored"),
+        (["mdlm", "--metrics", "entropy", "--sequences", "7"], "--sequences would be ignored"),
+        (["mdlm", "--metrics", "bound", "--samples", "99"], "--samples would be ignored"),
         (["mdlm", "--judge", "ar"], "--judge would be ignored"),
         (["mdlm", "--samples-file", "x"], "--samples-file would be ignored"),
         (["mdlm", "--sample-steps", "3"], "--sample-steps would be ignored"),

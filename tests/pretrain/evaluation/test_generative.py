@@ -64,10 +64,12 @@ def test_samples_of_a_file(tmp_path):
     texts = read_samples(file, TOKENIZER, wrapped=False)
     assert texts.texts == ["one", "only text"] and texts.ended == [True, False]
     assert texts.tokens[0].tolist() == drawn["tokens"] and texts.tokens[1].tolist() == list(b"only text")
-    assert texts.network_calls is None and texts.steps is None, "not known of all"
+    assert texts.network_calls is None and texts.sampler is None, "not known of all"
     file.write_text("\n".join(map(json.dumps, [drawn, {**drawn, "network_calls": 5}])))
     texts = read_samples(file, TOKENIZER, wrapped=False)
-    assert texts.network_calls == 6.5 and texts.steps == 9
+    assert texts.network_calls == 6.5 and texts.sampler == {"steps": 9}
+    file.write_text("\n".join(map(json.dumps, [drawn, {**drawn, "sampler": {"steps": 9, "guidance": 2}}])))
+    assert read_samples(file, TOKENIZER, wrapped=False).sampler is None, "made in two ways"
 
 
 @pytest.mark.parametrize(
@@ -94,7 +96,7 @@ def test_files_that_are_no_samples(tmp_path, content, says):
 def test_every_measure_is_of_the_text_it_says(monkeypatch):
     monkeypatch.setattr(divergence_module, "MIN_TEXTS", 1)
     texts = texts_of_rows([row("aab", END, "c"), row("abcd"), row(END, END)], TOKENIZER, wrapped=False,
-                          network_calls=3.5, steps=4)  # fmt: skip
+                          network_calls=3.5, sampler={"steps": 4, "guidance": 2.0})  # fmt: skip
     generator = np.random.default_rng(0)
     features = generator.normal(size=(2, 3)).astype(np.float32)
     judged = Judged(
@@ -103,7 +105,7 @@ def test_every_measure_is_of_the_text_it_says(monkeypatch):
     reference = Reference(generator.normal(size=(4, 3)), np.arange(TOKENIZER.vocab_size))
     result = measure(texts, judged, reference)
     assert result["num"] == 3 and result["num_empty"] == 1 and result["num_truncated"] == 1
-    assert result["steps"] == 4 and result["network_calls"] == 3.5
+    assert result["steps"] == 4 and result["sampler"] == texts.sampler and result["network_calls"] == 3.5
     assert result["num_tokens"] == 7 and result["nats_per_token"] == pytest.approx(3)
     assert result["perplexity"] == pytest.approx(math.exp(21 / 7)), "of the sums, not a mean of the texts' own"
     assert result["standard_error"] == pytest.approx(math.sqrt(2 * (4**2 + 4**2)) / 7)

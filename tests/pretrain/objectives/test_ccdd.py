@@ -12,6 +12,7 @@ from braid.pretrain.config.objectives.ccdd import ExpertsConfig
 from ..model.joint_reference import AddedReference, MixtureReference, TwoStreamReference
 from .ccdd_cases import ARCHITECTURES, CONTEXTUAL, make, recorded_calls, rows, with_condition
 from .conftest import LATENT_DIM, LENGTH, MASK, VOCAB, batch_and_noise
+from .references import float64_nats
 
 REFERENCES = {"mdit": AddedReference, "mmdit": TwoStreamReference}
 GIVEN = 2
@@ -31,7 +32,8 @@ def reference_loss(ccdd, batch, noise):
     t = (noise.index.double().numpy() + noise.shift.numpy()) / noise.batch_size * (1 - 2 * eps) + eps
     t_z = t
     if config.latent_times == "independent":
-        t_z = noise.coins(4).numpy() * (1 - 2 * eps) + eps
+        second = noise.index.numpy() * (math.sqrt(5) - 1) / 2 + noise.shift.numpy() * 2**16
+        t_z = second % 1 * (1 - 2 * eps) + eps
     if config.latent_times == "clean" or config.latent_mode == "features":
         t_z = np.zeros_like(t)
     masked = (noise.uniforms(LENGTH).numpy() < t.astype(np.float32)[:, None]) & ~condition
@@ -168,7 +170,7 @@ def test_bounds_are_taken_along_the_samplers_path(mode):
     ccdd = make("mmdit", latent_times=mode)
     calls = recorded_calls(ccdd)
     ccdd.evaluate(*batch_and_noise(8, purpose="validation"))
-    assert len(calls) == 4, "token bound with and without latents, the joint bound at t and at tau"
+    assert len(calls) == 5, "token bound with and without latents, the joint bound at t and at tau, the published range"
     for call in calls:
         assert torch.equal(call.get("latent_times", call["times"]), call["times"])
     notes = [figure.note for figure in ccdd.figures]
@@ -186,10 +188,30 @@ def test_undiffused_latents_are_what_the_encoder_says_of_the_visible_tokens(kind
     calls = recorded_calls(ccdd)
     figures = ccdd.evaluate(batch, noise)
     visible = ccdd.encoder.encode(batch.tokens, calls[0]["tokens"] == MASK)
-    assert torch.equal(calls[0]["latents"], visible) and len(calls) == 2
-    assert list(figures) == ["token_bound", "token_bound_latents_off"]
+    assert torch.equal(calls[0]["latents"], visible) and len(calls) == 3
+    assert list(figures) == ["token_bound", "token_bound_latents_off", "published"]
     assert "no joint bound" in ccdd.figures[0].note
     assert set(ccdd.schedule_curves(torch.linspace(0, 1, 5).double())) == {"token survival", "token loss weight"}
+
+
+@pytest.mark.parametrize("latent_times", ["shared", "clean"])
+def test_the_published_figure_is_the_token_term_on_its_range_of_times(latent_times):
+    """1/t-weighted cross-entropy at p_r = 1, t in [1e-4, 1 - 1e-4] without the factor of its length, draw by draw."""
+    ccdd = make("mdit", latent_times=latent_times)
+    batch, noise = batch_and_noise(16, purpose="validation", padding=2)
+    calls = recorded_calls(ccdd)
+    found = ccdd.evaluate(batch, noise)["published"]
+    assert not next(figure for figure in ccdd.figures if figure.name == "published").is_bound
+    t, call = 1e-4 + (1 - 2e-4) * noise.strata, calls[-1]
+    masked = noise.uniforms(LENGTH) < t.float()[:, None]
+    assert torch.allclose(call["times"], t, rtol=1e-12)
+    assert torch.equal(call["tokens"], torch.where(masked, MASK, batch.tokens))
+    t_z = t if latent_times == "shared" else torch.zeros_like(t)
+    latents = ccdd._noised(ccdd.encoder.encode(batch.tokens, masked), noise, t_z)
+    assert torch.equal(call["latents"], latents)
+    own = {} if latent_times == "shared" else {"latent_times": t_z}
+    nats = float64_nats(ccdd.network(call["tokens"], t, latents, None, **own).logits, batch.tokens)
+    assert torch.allclose(found, (nats * masked * batch.loss_mask).sum(1) / t, rtol=1e-6)
 
 
 def test_features_learn_tokens_and_nothing_else():

@@ -11,7 +11,8 @@ import torch
 from braid.data_pipeline.loader import Batch
 from braid.kernels.random import initial_normal
 from braid.pretrain.config.load import load_config
-from braid.pretrain.diffusion.ladd import bound_times, second_strata
+from braid.pretrain.diffusion.ladd import bound_times
+from braid.pretrain.diffusion.times import second_strata
 from braid.pretrain.model.encoders import TableEncoder
 from braid.pretrain.objectives import co_ladd, di_ladd
 
@@ -216,8 +217,9 @@ def test_corrupt_is_a_pure_function_of_the_key(name, options):
 # -- losses --------------------------------------------------------------------------------------------------------
 
 
-def expected_losses(objective, corrupted, prediction) -> dict[str, torch.Tensor]:
-    """The default losses of every sequence, to be averaged over sequences, in float64 [B]."""
+def expected_losses(objective, corrupted, prediction, slots=None) -> dict[str, torch.Tensor]:
+    """The default losses of every sequence, to be averaged over sequences, in float64 [B]. `slots`: what a learned
+    encoder says, raw."""
     nats = float64_nats(prediction.logits, corrupted.targets) * (corrupted.tokens == MASK)
     counted = corrupted.loss_mask.double()
     losses = {"token_loss": (nats * counted).sum(1) / counted.sum(1)}
@@ -230,7 +232,9 @@ def expected_losses(objective, corrupted, prediction) -> dict[str, torch.Tensor]
     code_nats = logits.logsumexp(-1) - logits.gather(-1, corrupted.latent_targets[..., None])[..., 0]
     losses["latent_loss"] = (code_nats * corrupted.masked_codes).sum(1) / NUM_SLOTS
     if objective.latent_encoder is not None:
-        losses["commitment_loss"] = 0.1 * corrupted.commitment.detach().double()
+        directions, vectors = slots.double() / slots.double().norm(dim=-1, keepdim=True), objective.codebook.vectors
+        distances = (directions[:, :, None] - vectors.double()).square().sum(-1)  # of each slot to each unit vector
+        losses["commitment_loss"] = 0.1 * distances.amin(-1).mean(1) / LATENT_DIM
     return losses
 
 
@@ -242,9 +246,11 @@ def test_losses_are_the_closed_forms(name, options):
     corrupted = objective.corrupt(batch, noise)
     with torch.no_grad():
         prediction = objective.predict(corrupted)
+        slots = objective.raw_slots(batch, objective.hidden_tokens(corrupted.masked, noise))
     loss = objective.loss(prediction, corrupted)
     assert int(loss.count) == 32 * (LENGTH - 2)
-    expected = {key: float(value.mean()) for key, value in expected_losses(objective, corrupted, prediction).items()}
+    losses = expected_losses(objective, corrupted, prediction, slots)
+    expected = {key: float(value.mean()) for key, value in losses.items()}
     measured = {key: float(loss.terms[key]) / int(loss.count) for key in expected}
     assert set(loss.terms) - set(expected) <= {"code_perplexity", "codes_replaced"}
     assert measured == pytest.approx(expected, rel=1e-6)

@@ -137,7 +137,6 @@ def evaluation(objective: str) -> dict:
         "sequence_length": 128,
         "packing": "pairs" if objective == "elf" else "wrap",
         "draws": 4,
-        "t_range": None if objective == "ar" else [1e-5, 1.0],
         "dtype": "fp32",
         "weights": "moving average",
         "corpora": corpora,

@@ -20,6 +20,7 @@ def test_drawing_ignores_the_batch_size(name):
     prompt = Prompt(torch.from_numpy(rows.tokens), torch.from_numpy(rows.given))
     seen = []
     objective, settings = model.objective, SamplingConfig(steps=4)
+    assert getattr(objective, "answers", True), "a model of pairs knows that it is one"
     common = dict(precision="fp32", key=1)
     two = draw_in_batches(
         objective, settings, prompt, batch_size=2, progress=lambda *count: seen.append(count), **common

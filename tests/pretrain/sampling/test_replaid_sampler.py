@@ -1,13 +1,16 @@
 """RePlaid's samplers: the law of the Bayes denoiser, calls, what the network is shown, prompts, temperatures."""
 
+import argparse
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 
+from braid.pretrain.config.objectives.replaid import RePlaidConfig
 from braid.pretrain.config.schema import SamplingConfig
 from braid.pretrain.diffusion import gamma as process
+from braid.pretrain.sampling import command
 from braid.pretrain.sampling.prompts import no_prompt
 from braid.pretrain.sampling.sampler import draw_samples
 
@@ -200,6 +203,32 @@ def test_token_guidance_adds_the_gradient_of_the_known_tokens():
         direction = torch.randn(z.shape, generator=generator, dtype=torch.float64)
         slope = (log_probability(z + 1e-2 * direction) - log_probability(z - 1e-2 * direction)) / 2e-2
         assert float(((x - plain) * direction).sum()) == pytest.approx(factor * slope, rel=2e-2, abs=2e-3)
+
+
+def test_token_guidance_without_a_prompt_costs_no_backward_pass():
+    objective, differentiated = build_replaid(), []
+    logits = objective.logits
+    objective.logits = lambda z, *args, **kw: (differentiated.append(torch.is_grad_enabled()), logits(z, *args, **kw))[
+        1
+    ]
+    guided, plain = (
+        draw_samples(objective, replace(STEPS, token_guidance=weight), no_prompt(2, 10), key=1).tokens
+        for weight in (2.0, 0.0)
+    )
+    assert torch.equal(guided, plain) and not any(differentiated)
+
+
+def test_token_guidance_is_refused_where_no_token_is_known():
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+
+    def whats(*words):
+        args = parser.parse_args(["run", *words])
+        return [problem.what for problem in command._problems(args, SamplingConfig(), RePlaidConfig())]
+
+    (what,) = whats("--token-guidance", "2")
+    assert "would do nothing" in what
+    assert whats("--token-guidance", "2", "--prompt", "a") == whats("--token-guidance", "0") == []
 
 
 def test_token_guidance_pulls_the_free_estimate_towards_the_prompt():

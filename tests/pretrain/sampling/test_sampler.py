@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from braid.pretrain.sampling.draws import nucleus
 from braid.pretrain.sampling.prompts import Prompt, no_prompt
 from braid.pretrain.sampling.sampler import draw_samples, sample_entropy
 
-from ..objectives.conftest import BOS, MASK, VOCAB, build
+from ..objectives.conftest import BOS, EOS, MASK, VOCAB, build
 from ..objectives.references import Oracle, toy_law
 
 STEPS = SamplingConfig(steps=6)
@@ -126,6 +127,31 @@ def test_ar_continues_a_prefix_and_refuses_to_infill():
         draw_samples(objective, STEPS, gap, key=1)
 
 
+def test_an_answer_of_ar_ends_at_its_eos():
+    """Up to there it is what it would be anyway; then EOS fills the row, and no call of the network is counted."""
+    objective = build("ar")
+    prompt = no_prompt(6, 40)
+    for row, length in enumerate([3, 1, 2, 3, 1, 2]):
+        prompt.tokens[row, :length], prompt.known[row, :length] = EOS, True  # a source's own ends nothing
+    running = draw_samples(objective, STEPS, prompt, key=1)
+    assert running.network_calls == (~prompt.known).sum(1).tolist()
+    objective.answers = True
+    stops = (running.tokens == EOS) & ~prompt.known
+    ends = torch.where(stops.any(1), stops.int().argmax(1), 40)
+    after = torch.arange(40) > ends[:, None]
+    assert sum(after.any(1).tolist()) >= 3 and not after.any(1).all()
+    answers = draw_samples(objective, STEPS, prompt, key=1)
+    assert torch.equal(answers.tokens, torch.where(after, EOS, running.tokens))
+    assert answers.network_calls == (~prompt.known & ~after).sum(1).tolist()
+    row, made = int(after.any(1).int().argmax()), []  # one that ends, by itself: nothing is computed after it
+    objective.network.register_forward_hook(lambda *_: made.append(1))
+    one = Prompt(prompt.tokens[row : row + 1], prompt.known[row : row + 1])
+    alone = draw_samples(objective, STEPS, one, key=1, first_ordinal=row, record=True)
+    assert torch.equal(alone.tokens[0], answers.tokens[row])
+    assert alone.network_calls == [answers.network_calls[row]] == [len(made)]
+    assert alone.frames[-1]["time"] == 0 and alone.frames[-1]["tokens"] == alone.tokens[0].tolist()
+
+
 def frequencies(tokens: torch.Tensor, sequences: torch.Tensor) -> torch.Tensor:
     index = {tuple(row): i for i, row in enumerate(sequences.tolist())}
     counts = torch.zeros(len(sequences), dtype=torch.float64)
@@ -168,6 +194,21 @@ def test_temperature_and_nucleus():
     greedy = SamplingConfig(steps=6, top_p=1e-9)
     a, b = (draw_samples(objective, settings, no_prompt(4, 10), key=1).tokens for settings in (cold, greedy))
     assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["mdlm", "ccdd"])
+def test_greedy_final_takes_the_most_probable_token(name):
+    """Of every token the last step reveals, and of no other: with one step all, with two those of the second."""
+    objective = build(name)
+    one = SamplingConfig(steps=1, greedy_final=True)
+    samples = draw_samples(objective, one, no_prompt(4, 10), key=1)
+    cold = draw_samples(objective, replace(one, greedy_final=False, temperature=1e-4), no_prompt(4, 10), key=1)
+    assert torch.equal(samples.tokens, cold.tokens)
+    drawn, greedy = (
+        draw_samples(objective, SamplingConfig(steps=2, greedy_final=final), no_prompt(4, 10), key=1, record=True)
+        for final in (False, True)
+    )
+    assert drawn.frames[0] == greedy.frames[0] and not torch.equal(drawn.tokens, greedy.tokens)
 
 
 def test_sample_entropy():
