@@ -228,9 +228,7 @@ class CCDD(Objective):
                 Figure("joint_nelbo", f"joint NELBO of tokens and latents, {law}", True, joint),
             ]
         figures = figures if self.diffused else figures[:2]
-        note = (
-            "mean over t in [1e-4, 1 - 1e-4] of the discrete NELBO's density at p_r = 1; its ends are missing: no bound"
-        )
+        note = "mean over t in [1e-4, 1 - 1e-4] of the token term's density at p_r = 1; no bound without its ends"
         note += equal_times + ("; hidden tokens were seen" if leaky else "")
         return (*figures, Figure("published", "published convention", False, note))
 
