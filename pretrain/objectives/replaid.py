@@ -130,6 +130,8 @@ class RePlaid(Objective):
 
         Every fourth sequence of the global order, from a start that is drawn for each step. A micro-batch holds
         consecutive sequences, so one in four of it, rounded up, has room for all of them.
+        They and the others share one even grid of times. Each group has a random part of it, not a grid of its own, for
+        a row's place on it is drawn apart from its number: unbiased, at more variance than two grids would have.
         """
         if not self.config.self_conditioning:
             return torch.zeros_like(noise.ordinals, dtype=torch.bool), noise.ordinals[:0]

@@ -240,7 +240,7 @@ def test_the_independence_loss_compares_with_a_call_that_sees_the_slots_alone(na
     assert torch.equal(slots, same_slots) and torch.equal(slot_times, same_times)
     p, q = (x.detach().double()[..., :MASK].log_softmax(-1) for x in (prediction.logits, prediction.without_tokens))
     nats = ((p.exp() * (p - q)).sum(-1) * corrupted.masked * batch.loss_mask).sum() / batch.loss_mask.sum()
-    assert terms_of(objective, corrupted, prediction)["independence_loss"] == pytest.approx(0.7 * float(nats), rel=1e-5)
+    assert terms_of(objective, corrupted, prediction)["independence_loss"] == pytest.approx(0.7 * float(nats), rel=1e-6)
     plain = build(name, **options)
     assert plain.predict(plain.corrupt(batch, noise)).without_tokens is None
 
