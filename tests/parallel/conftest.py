@@ -9,6 +9,7 @@ HERE = Path(__file__).parent
 sys.path += [str(HERE), str(HERE.parent / "pretrain" / "training")]
 
 from rank_processes import run_on_ranks  # noqa: E402
+from training_fixtures import asynchronous_io  # noqa: E402, F401
 
 
 @pytest.fixture(scope="session")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -176,16 +173,6 @@ def test_stages_divide_what_they_say(ranks):
     for zero in (2, 3):
         for of_rank in ranks(train, 2, ["mdlm"], plan(zero), 1, timeout_s=PATIENCE_S):
             assert sum(of_rank["mdlm"].sizes) == pytest.approx(whole / 2, rel=0.01)
-
-
-@pytest.fixture(scope="session")
-def asynchronous_io() -> None:
-    """Compiled once, before several ranks would do it at the same time."""
-    code = "from deepspeed.ops.op_builder import AsyncIOBuilder as B; B().is_compatible(verbose=False) and B().load()"
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"DS_ACCELERATOR": "cpu"}, timeout=600)
-    builder = pytest.importorskip("deepspeed.ops.op_builder").AsyncIOBuilder()
-    if not builder.is_compatible(verbose=False):
-        pytest.skip("libaio is not installed")
 
 
 WIDE = 256

@@ -30,6 +30,8 @@ CHAINS = {
         LAYOUTS["TP 2 x PP 2 x DP 2 + SP"],
         LAYOUTS["DP 2, ZeRO-2, offloaded to the CPU"],
     ],
+    "PP 2 x DP 2, ZeRO-1 -> one": [LAYOUTS["PP 2 x DP 2, ZeRO-1"], ONE],
+    "ZeRO-2 -> TP 2 x PP 2 x DP 2, ZeRO-1": [LAYOUTS["DP 2, ZeRO-2"], LAYOUTS["TP 2 x PP 2 x DP 2, ZeRO-1"]],
     "ZeRO-2 -> TP 2 x DP 2 + SP, ZeRO-3": [LAYOUTS["DP 2, ZeRO-2"], LAYOUTS["TP 2 x DP 2 + SP, ZeRO-3"]],
 }
 QUICK = ("ZeRO-3 -> TP 2 x PP 2", "DP 4 -> one -> DP 2", "one -> Megatron x TP 2")

@@ -5,4 +5,4 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent))
 
-from training_fixtures import corpus, trainers  # noqa: E402, F401
+from training_fixtures import asynchronous_io, corpus, trainers  # noqa: E402, F401

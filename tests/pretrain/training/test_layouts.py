@@ -208,3 +208,17 @@ def test_zero_goes_on_bit_for_bit(trainers: Trainers, fields: dict) -> None:
     assert_same_run(trainers.folder / "pieces", trainers.folder / "straight")
     for said in (process.out, process.err):
         assert "deepspeed" not in said.lower() and "deprecated" not in said and "INFO" not in said
+
+
+@pytest.mark.slow
+def test_a_run_with_its_state_on_a_disk_goes_on_bit_for_bit(trainers: Trainers, asynchronous_io, tmp_path: Path):
+    options = {"training__log_every": 1, "checkpoint__every": 5, "optimizer__schedule": "constant", "recorded": True}
+    options |= {"ranks": 2, "parallel__engine": "deepspeed", "parallel__zero": 3, "training__ema_decay": 0}
+    # Only what is larger than a megabyte goes to a disk.
+    options |= {"parallel__offload": "nvme", "parallel__offload_dir": tmp_path / "disk", "model__width": 256}
+    trainers.train("tiny_mdlm", "straight", training__steps=10, **options)
+    trainers.train("tiny_mdlm", "pieces", training__steps=5, **options)
+    process = trainers.train("tiny_mdlm", "pieces", training__steps=10, **options)
+    assert "resumed from step 5" in process.out
+    assert_same_run(trainers.folder / "pieces", trainers.folder / "straight")
+    assert list((tmp_path / "disk").rglob("*.swp")), "nothing was put there"

@@ -1,7 +1,9 @@
-"""A small corpus, prepared once, and trainers that work on it as processes."""
+"""A small corpus, prepared once, trainers that work on it as processes, and what has to be compiled for some."""
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -34,3 +36,13 @@ def trainers(corpus: Path, tmp_path: Path):
     started = Trainers(corpus, tmp_path)
     yield started
     started.close()
+
+
+@pytest.fixture(scope="session")
+def asynchronous_io() -> None:
+    """What DeepSpeed writes to a disk with, compiled once, before several ranks would do it at the same time."""
+    code = "from deepspeed.ops.op_builder import AsyncIOBuilder as B; B().is_compatible(verbose=False) and B().load()"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"DS_ACCELERATOR": "cpu"}, timeout=600)
+    builder = pytest.importorskip("deepspeed.ops.op_builder").AsyncIOBuilder()
+    if not builder.is_compatible(verbose=False):
+        pytest.skip("libaio is not installed")

@@ -33,7 +33,7 @@ STATUS = {0: "done", 2: "bad_config", 3: "preempted", 4: "failed", 5: "data_exha
 
 TINY = {
     "run.device": "cpu", "run.threads": 1, "data.sequence_length": 16, "data.window": 2,
-    "model.width": 16, "model.num_layers": 1, "model.num_heads": 2, "model.cond_dim": 8,
+    "model.width": 16, "model.num_layers": 1, "model.num_heads": 2,
     "training.global_batch_size": 8, "training.micro_batch_size": 4, "training.validation_sequences": 8,
     "training.log_every": 4,
 }  # fmt: skip
