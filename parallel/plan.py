@@ -43,7 +43,8 @@ class ParallelConfig:
     """Where ZeRO keeps optimizer state between uses: `none`, `cpu` or, at stage 3, `nvme`. At stage 3 weights are then
     on the CPU between uses too."""
     offload_dir: str = ""
-    """Folder on a fast local disk, for `offload=nvme`."""
+    """Folder on a fast local disk, for `offload=nvme`. What a process holds of a group of parameters goes there if it
+    is more than a megabyte; DeepSpeed compiles what writes at the first use (libaio, a compiler and ninja)."""
     overlap: bool = True
     """Let communication run beside computation where the engine can."""
 

@@ -100,7 +100,6 @@ def expected_of_pieces() -> dict[str, InPieces]:
         (6, {"zero": 1}),  # what three ranks add up depends on the order
         pytest.param(4, {"zero": 0}, marks=pytest.mark.slow),
         pytest.param(4, {"zero": 1, "virtual": 2}, marks=pytest.mark.slow),
-        pytest.param(4, {"zero": 1, "context": 2}, marks=pytest.mark.slow),
         pytest.param(8, {"zero": 1, "tensor": 2, "sequence": True, "offload": "cpu"}, marks=pytest.mark.slow),
     ],
 )
