@@ -90,8 +90,8 @@ def build_deepspeed_engine(
     """
     for parameter in module.parameters():
         assert parameter.ndim, "DeepSpeed cannot divide what has no dimension"
-        # To DeepSpeed, that adds up squares over tensor and pipeline: count it on every rank of the tensor axis in the
-        # norm; and do not, for the first stage does.
+        # For the norm, to which DeepSpeed takes what is not marked from the first rank of the tensor axis, and from every
+        # stage: count it on every rank of the tensor axis; do not count it, because the first stage does.
         parameter.tensor_model_parallel = hasattr(parameter, "shard")
         parameter.ds_pipe_replicated = not counts_here(parameter, mesh.pipeline)
         if getattr(parameter, "partial", False) and mesh.tensor.grouped:
