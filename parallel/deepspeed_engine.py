@@ -90,8 +90,8 @@ def build_deepspeed_engine(
     """
     for parameter in module.parameters():
         assert parameter.ndim, "DeepSpeed cannot divide what has no dimension"
-        # For the norm, to which DeepSpeed takes what is not marked from the first rank of the tensor axis, and from every
-        # stage: count it on every rank of the tensor axis; do not count it, because the first stage does.
+        # For the norm. DeepSpeed counts what is not marked on the first rank of the tensor axis and on every stage. The
+        # marks: on every rank of the tensor axis; and not on this stage, because the first one does.
         parameter.tensor_model_parallel = hasattr(parameter, "shard")
         parameter.ds_pipe_replicated = not counts_here(parameter, mesh.pipeline)
         if getattr(parameter, "partial", False) and mesh.tensor.grouped:
