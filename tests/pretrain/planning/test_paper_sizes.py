@@ -48,11 +48,11 @@ def test_mdlm_70b_on_512(tmp_path, monkeypatch, capsys):
     held = [first, 21 * block + time, 21 * block + time, last]
     assert [stage["memory"]["parameters"] for stage in found["stages"]] == held
 
-    # Memory: weights of linear layers in bf16, all else in float32; gradients 4 bytes, and 4 + 8 + 4 divided by d (the
+    # Memory: weights of linear layers in bf16, but for times; all else in float32; gradients 4 bytes, and 4 + 8 + 4 divided by d (the
     # float32 copies of what is bf16, moments, average); activations as each operation leaves them;
     # (2 (p - 1 - i) + (v - 1) p + 1) / v micro-batches of the interleaved schedule in flight.
     of_block = (4 * W * W + 2 * W * F) // t + 6 * W * C
-    matrices = [21 * of_block + TIME * C + C * C] * p
+    matrices = [21 * of_block] * p
     matrices[-1] += 2 * W * C + rows * W
     kept = L * (14 * W + 4 * F + 4 * H) / t + L * (24 * W + 16) / t
     for i, stage in enumerate(found["stages"]):
@@ -110,7 +110,7 @@ def test_ccdd_8b_on_64(tmp_path, monkeypatch, capsys):
     assert found["parameters"]["total"] == total
 
     memory = found["stages"][0]["memory"]
-    matrices = layers * (4 * W * W + 2 * W * F + 6 * W * C) + TIME * C + C * C
+    matrices = layers * (4 * W * W + 2 * W * F + 6 * W * C)  # times stay float32
     matrices += 2 * W * C + V * W + 2 * D * C + D * W + 2 * W * C + D * W  # token head, latent input, latent head
     weights = 4 * total - 2 * matrices
     state = weights + 4 * total + (4 * matrices + 12 * total) / d
