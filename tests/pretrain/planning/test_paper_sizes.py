@@ -48,8 +48,8 @@ def test_mdlm_70b_on_512(tmp_path, monkeypatch, capsys):
     held = [first, 21 * block + time, 21 * block + time, last]
     assert [stage["memory"]["parameters"] for stage in found["stages"]] == held
 
-    # Memory: weights of linear layers in bf16, but for times; all else in float32; gradients 4 bytes, and 4 + 8 + 4 divided by d (the
-    # float32 copies of what is bf16, moments, average); activations as each operation leaves them;
+    # Memory: weights of linear layers in bf16, but for times; all else in float32; gradients 4 bytes, and 4 + 8 + 4
+    # divided by d (float32 copies of what is bf16, moments, average); activations as each operation leaves them;
     # (2 (p - 1 - i) + (v - 1) p + 1) / v micro-batches of the interleaved schedule in flight.
     of_block = (4 * W * W + 2 * W * F) // t + 6 * W * C
     matrices = [21 * of_block] * p
