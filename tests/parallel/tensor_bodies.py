@@ -94,7 +94,10 @@ def look(objective: Objective, *, guided: bool = True) -> tuple[dict[str, torch.
         "gidd": [SamplingConfig(steps=3, greedy_final=True)],
     }.get(objective.name, [SamplingConfig(steps=3, top_p=0.9)])
     prompt = no_prompt(BATCH, LENGTH)
-    prompt.tokens[:, :3], prompt.known[:, :3] = batch.tokens[:, :3], True
+    if getattr(objective.config, "latent_denoiser", False):  # it draws the latents before the text, without a prompt
+        settings = [SamplingConfig(steps=3, sampler="sequential_ddpm")]
+    else:
+        prompt.tokens[:, :3], prompt.known[:, :3] = batch.tokens[:, :3], True
     return figures, [draw_samples(objective, each, prompt, key=3).tokens for each in settings]
 
 
