@@ -77,6 +77,7 @@ def test_every_system_resumes_bit_for_bit(trainers: Trainers, tmp_path: Path, re
 def test_resumed_at_the_edge_of_an_epoch(trainers: Trainers, tmp_path: Path, batch: int, stop: int) -> None:
     """An epoch is 15 batches of 8, or 7 and a half of 16. The first process dies in the save after step `stop`."""
     options = {"training__steps": 18, "training__global_batch_size": batch, "training__log_every": 5, "recorded": True}
+    options["checkpoint__asynchronous"] = False  # else training goes on while the save dies, and is recorded
     trainers.train("tiny_mdlm", "straight", **options)
     fault = {"BRAID_FAULT": "save:after_rename:kill@1"}
     trainers.train("tiny_mdlm", "pieces", checkpoint__every=stop, env=fault, code=-signal.SIGKILL, **options)
