@@ -161,7 +161,7 @@ MEASURED = [  # (processes, plan, precision)
     (4, ParallelConfig(pipeline=2, tensor=2), "fp32"),
     (4, ParallelConfig(pipeline=2, engine="megatron"), "fp32"),
 ]
-WITHIN = 0.05
+WITHIN = 0.02
 """Of the estimate."""
 
 
