@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from training_runs import Trainers, recorded
+from training_runs import Trainers, samples
 
 from braid.pretrain.checkpoint.folder import load_checkpoint
 from braid.pretrain.checkpoint.store import CheckpointStore
@@ -116,15 +116,6 @@ def train(trainers: Trainers, system: str, run: str, layout: Layout, **fields: o
     options = FIELDS | own | layout.fields | fields
     trainers.train(recipe, run, ranks=layout.ranks, env={"DENSE": "1"}, **options)
     return trainers.folder / run
-
-
-def samples(run_dir: Path) -> dict[int, dict[str, str]]:
-    """Of each step: ordinal -> hash of tokens and draws, the same on all ranks that have the sample."""
-    steps: dict[int, dict[str, str]] = {}
-    for line in recorded(run_dir):
-        for ordinal, digest in line["samples"].items():
-            assert steps.setdefault(line["step"], {}).setdefault(ordinal, digest) == digest
-    return steps
 
 
 def first_moments(run_dir: Path) -> dict:

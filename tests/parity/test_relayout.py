@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layouts import LAYOUTS, Layout, samples, train
-from training_runs import steps_of
+from layouts import LAYOUTS, Layout, train
+from training_runs import samples, steps_of
 
 from braid.pretrain.checkpoint.folder import load_checkpoint
 from braid.pretrain.checkpoint.store import CheckpointStore

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import Trainers, assert_same_run, last_checkpoint, recorded, steps_of
+from training_runs import Trainers, assert_same_run, last_checkpoint, samples, steps_of
 
 from braid.pretrain.config.load import recipes
 from braid.pretrain.telemetry.metrics_log import read_metrics
@@ -91,15 +91,6 @@ def alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ca
 
     yield run
     trainers.close()
-
-
-def samples(run_dir: Path) -> dict[int, dict[str, str]]:
-    """Of each step: ordinal -> hash of tokens, times, masks and noise, the same on all ranks that have the sample."""
-    steps: dict[int, dict[str, str]] = {}
-    for line in recorded(run_dir):
-        for ordinal, digest in line["samples"].items():
-            assert steps.setdefault(line["step"], {}).setdefault(ordinal, digest) == digest
-    return steps
 
 
 @pytest.mark.parametrize(

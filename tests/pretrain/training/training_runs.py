@@ -275,6 +275,15 @@ def recorded(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("}")]  # not what a kill has torn
 
 
+def samples(run_dir: Path) -> dict[int, dict[str, str]]:
+    """Of each step: ordinal -> hash of tokens and draws, the same on all ranks that have the sample."""
+    steps: dict[int, dict[str, str]] = {}
+    for line in recorded(run_dir):
+        for ordinal, digest in line["samples"].items():
+            assert steps.setdefault(line["step"], {}).setdefault(ordinal, digest) == digest
+    return steps
+
+
 def step_reached(run_dir: Path) -> int:
     """The last step that rank 0 of a recorded run has begun."""
     record = run_dir.with_name(f"{run_dir.name}.record-rank-0")
