@@ -56,7 +56,7 @@ setup(
     package_dir={f"braid.{folder}": folder for folder in FOLDERS},
     package_data={
         "braid.pretrain": ["recipes/*.yaml", "report/assets/*"],
-        "braid.kernels": ["*.inc"],
+        "braid.kernels": ["*.inc", "csrc/*"],
     },
     install_requires=[
         "torch>=2.11,<2.14",

@@ -46,7 +46,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from braid.kernels import normal_table
+from braid.kernels import normal_table, normals
 from braid.kernels.errors import BraidError
 from braid.kernels.reference import (
     CONTRACT_VERSION,
@@ -142,18 +142,27 @@ def integers(
 
 
 def normal(
-    key: int, ordinals: Tensor, positions: Tensor, channels: int, *, draw: int = 0, first_channel: int = 0
+    key: int | Tensor, ordinals: Tensor, positions: Tensor, channels: int, *, draw: int = 0, first_channel: int = 0
 ) -> Tensor:
     """Standard normals, float32 [B, L, channels]; a shard of the channels passes the first one it holds."""
+    assert 0 <= draw < MAX_DRAWS, f"draw has 8 bits: {draw}"
+    assert 0 <= first_channel and first_channel + channels <= 4 * MAX_BLOCKS, "block has 16 bits"
+    return torch.ops.braid.normal(normals.as_key(key), ordinals, positions, channels, first_channel, draw)
+
+
+def normals_into(out: Tensor, key: Tensor, ordinals: Tensor, positions: Tensor, first_channel: int, draw: int) -> None:
+    """The eager implementation of `normal` (see `dispatch`): fills `out`."""
     first_block, skipped = divmod(first_channel, 4)
+    rows, length, channels = out.shape
     num_blocks = (skipped + channels + 3) // 4
-    rows, length = len(ordinals), positions.shape[-1]
     z = torch.empty(rows, length, num_blocks, 4, dtype=torch.float32, device=ordinals.device)
+    seed = normals.as_int(key)
     for row, column in _tiles(rows, length, num_blocks, ordinals.device):
-        drawn = _draw(key, Stream.NORMAL, ordinals[row], _part(positions, row, column), draw, first_block, num_blocks)
+        part = _part(positions, row, column)
+        drawn = _draw(seed, Stream.NORMAL, ordinals[row], part, draw, first_block, num_blocks)
         for word, r in enumerate(drawn):
             z[row, column, :, word] = _to_normal(r)
-    return z.view(rows, length, -1)[..., skipped : skipped + channels].contiguous()
+    out.copy_(z.view(rows, length, -1)[..., skipped : skipped + channels])
 
 
 def coins(key: int, ordinals: Tensor, *, which: int, draw: int = 0) -> Tensor:

@@ -121,6 +121,39 @@ def normal(key: int, ordinals, positions, channels: int, *, draw=0, first_channe
     return to_normal(r).reshape(*r.shape[:2], -1)[..., first_channel : first_channel + channels]
 
 
+def noised_tokens(
+    key: int,
+    tokens,
+    ordinals,
+    positions,
+    *,
+    mask_below=None,
+    noise_below=None,
+    mask_id=-1,
+    num_tokens=0,
+    keep=False,
+    draw=0,
+    word=0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Joint noising (`noising.py`) of tokens: x_t, int64 [B, L], and its kinds, uint8 [B, L]. Thresholds [B, L]."""
+    u = uniform(key, Stream.TOKEN, ordinals, positions, draw=draw, word=word)
+    noised, kind = np.array(tokens), np.zeros(np.shape(tokens), np.uint8)
+    if noise_below is not None:
+        drawn = integers(key, Stream.TOKEN, ordinals, positions, num_tokens, draw=draw)
+        replaced = (u < noise_below) & ~np.asarray(keep)
+        noised, kind = np.where(replaced, drawn + (drawn >= mask_id), noised), np.where(replaced, 2, kind)
+    if mask_below is not None:
+        masked = (u < mask_below) & ~np.asarray(keep)
+        noised, kind = np.where(masked, mask_id, noised), np.where(masked, 1, kind)
+    return noised, kind.astype(np.uint8)
+
+
+def noised_latents(clean, eps, alpha, sigma) -> np.ndarray:
+    """Joint noising of vectors [B, L, D], float32, with coefficients [B, L]: three roundings to float32."""
+    alpha, sigma = (np.asarray(x, np.float32)[..., None] for x in (alpha, sigma))
+    return alpha * np.asarray(clean, np.float32) + sigma * eps
+
+
 def coins(key: int, ordinals, *, which: int, draw=0) -> np.ndarray:
     """float64 [B] in (0, 1)."""
     return (words(key, Stream.COIN, ordinals, [which], draw=draw)[:, 0, 0, 0] + 0.5) * 2.0**-32
