@@ -48,13 +48,21 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same on `device`."""
-        return Batch(*(tensor.to(device) for tensor in (self.tokens, self.loss_mask, self.ordinals, self.condition)))
+        return Batch(*(upload(x, device) for x in (self.tokens, self.loss_mask, self.ordinals, self.condition)))
 
     @classmethod
     def of_rows(cls, rows: Rows, tokens: np.ndarray, ordinals: np.ndarray) -> Batch:
         """tokens: [b, L], what `rows.read` returned; ordinals: int64 [b]."""
         condition = torch.from_numpy(rows.condition(tokens))
         return cls(torch.from_numpy(tokens.astype(np.int64)), ~condition, torch.from_numpy(ordinals), condition)
+
+
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on `device`, without waiting for what the device is doing: a GPU copies by itself only from
+    memory that stays where it is."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Loader:

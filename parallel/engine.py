@@ -30,7 +30,34 @@ T = TypeVar("T")
 
 
 class NotFinite(Exception):
-    """The gradient is not finite; nothing was updated."""
+    """The gradient of a step is not finite: that step updated nothing, nor did any after it."""
+
+    def __init__(self, steps_ago: int = 0) -> None:
+        self.steps_ago = steps_ago
+        """0: the step that was asked for; 1: the one before."""
+
+
+class Flag:
+    """A number on the device, 0.0 or 1.0, and its copy on the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.value = torch.zeros((), device=device)
+        self._copy = torch.zeros((), pin_memory=device.type == "cuda")
+        self._on_host = self._copy.numpy()
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+
+    def raise_unless_finite(self, norm: Tensor) -> None:
+        """Make it 1 for ever when `norm` is not finite."""
+        torch.maximum(self.value, (~norm.isfinite()).to(self.value), out=self.value)
+        self._copy.copy_(self.value, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+
+    def read(self) -> bool:
+        """As it was when it was last written; waits for that."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return bool(self._on_host)
 
 
 class Engine(ABC):
@@ -43,6 +70,8 @@ class Engine(ABC):
     held: list[Tensor]
     """Float32 weights that this process updates; all ranks of the reduction axis together hold every weight of their
     stage of the pipeline that is trained at least once."""
+    flag: Flag | None = None
+    """Set on the device by a gradient that is not finite, where `step` does not wait to know it."""
 
     def forward(self, compute: Callable[[], T]) -> T:
         """What `compute` returns; of a dataclass, its fields can be differentiated.
@@ -63,8 +92,14 @@ class Engine(ABC):
         """Make the gradient whole, scale it to a global norm of at most `clip_norm` (0: leave it), update the weights,
         and forget it. Returns the norm before clipping, float32 scalar, the same on every rank.
 
-        Raises NotFinite, with the weights and the optimizer state as they were.
+        Raises NotFinite, with the weights and the optimizer state as they were; where asking the device would make the
+        host wait for it, a step late, or from `check_finite`.
         """
+
+    def check_finite(self) -> None:
+        """Raise NotFinite now, if the last step's gradient was not finite and `step` did not wait to know it."""
+        if self.flag is not None and self.flag.read():
+            raise NotFinite
 
     @abstractmethod
     def publish(self) -> None:
@@ -115,11 +150,19 @@ class Engine(ABC):
 
 
 class PlainEngine(Engine):
-    """Every process holds all of its parameters, and torch's optimizer updates them."""
+    """Every process holds all of its parameters, and torch's optimizer updates them.
+
+    torch's fused optimizers can leave out an update when a number on the device says so. With one of those the host
+    does not wait for the gradient norm: the number, once set, stays, so that no later step updates anything either, and
+    is looked at when the next step is due, by which time it has long arrived.
+    """
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh) -> None:
         self.optimizer, self.mesh = optimizer, mesh
         self.module = module
+        if all(group.get("fused") for group in optimizer.param_groups):
+            self.flag = Flag(next(module.parameters()).device)
+            optimizer.grad_scale, optimizer.found_inf = None, self.flag.value
         trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         self.names, self.held = list(trained), list(trained.values())
 
@@ -131,7 +174,11 @@ class PlainEngine(Engine):
         reduce_gradients(self.held, self.mesh.reduction)
         sum_replicated_gradients(self.held, self.mesh.pipeline)
         norm = gradient_norm(self.held, self.mesh.tensor, None, self.mesh.pipeline)
-        if not math.isfinite(norm.item()):
+        if self.flag is not None:
+            if self.flag.read():
+                raise NotFinite(steps_ago=1)
+            self.flag.raise_unless_finite(norm)
+        elif not math.isfinite(norm.item()):
             self.optimizer.zero_grad(set_to_none=True)
             raise NotFinite
         clip_gradients(self.held, norm, clip_norm)
@@ -161,8 +208,8 @@ class PlainEngine(Engine):
         for key in keys:
             name, _, state = key.rpartition("/")
             weight, value = weights[name], part(key)
-            # Step counters stay on the CPU, where the optimizers keep them.
-            device = weight.device if value.ndim else value.device
+            # Step counters stay on the CPU, where the optimizers keep them, all but the fused ones.
+            device = weight.device if value.ndim or self.flag is not None else value.device
             self.optimizer.state[weight][state] = value.to(device, copy=True)
 
     def untrained(self) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from braid.data_pipeline.loader import Batch
+from braid.data_pipeline.loader import Batch, upload
 from braid.data_pipeline.tokenizers import Tokenizer
 from braid.kernels import random
 from braid.kernels.random import Stream
@@ -67,7 +67,7 @@ class Noise:
 
     def to(self, device: torch.device) -> Noise:
         """The same on `device`."""
-        moved = {name: getattr(self, name).to(device) for name in ("ordinals", "index", "shift")}
+        moved = {name: upload(getattr(self, name), device) for name in ("ordinals", "index", "shift")}
         return replace(self, **moved)
 
     @property

@@ -15,8 +15,12 @@ from .precision import cast_by_autocast
 
 def build_engine(config: Config, objective: Objective, mesh: Mesh) -> Engine:
     """The engine of `parallel.engine` around the objective's parameters."""
-    optimizer = build_optimizer(objective, config.optimizer, mesh.tensor, config.accelerators.optimizer)
-    match config.parallel.engine:
+    engine = config.parallel.engine
+    # The other engines divide the optimizer's state, and take its step counters on the CPU.
+    fused = engine == "plain" and mesh.world.device.type == "cuda"
+    library = config.accelerators.optimizer
+    optimizer = build_optimizer(objective, config.optimizer, mesh.tensor, library, fused=fused)
+    match engine:
         case "plain":
             return PlainEngine(objective, optimizer, mesh)
         case "megatron":
@@ -24,4 +28,4 @@ def build_engine(config: Config, objective: Objective, mesh: Mesh) -> Engine:
             return MegatronEngine(objective, optimizer, mesh, half=half, overlap=config.parallel.overlap)
         case "deepspeed":
             return build_deepspeed_engine(objective, optimizer, mesh, config.parallel)
-    raise AssertionError(config.parallel.engine)
+    raise AssertionError(engine)

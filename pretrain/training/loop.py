@@ -10,9 +10,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,7 +41,7 @@ from braid.pretrain.model.flops import mfu
 from braid.pretrain.model.fp8 import use_fp8
 from braid.pretrain.model.network import parameter_counts
 from braid.pretrain.model.probe import check_direction
-from braid.pretrain.objectives.base import NUM_TIME_BUCKETS, Noise
+from braid.pretrain.objectives.base import Noise
 from braid.pretrain.objectives.build import build_objective, build_stage, training_encoder
 from braid.pretrain.report.environment import collect_environment
 from braid.pretrain.sampling.output import sampler_settings, write_samples
@@ -58,31 +57,11 @@ from .gradients import Gradients
 from .optimizer import learning_rate_factor, set_learning_rate
 from .precision import autocast
 from .signals import StopRequest
-from .step import StepSums
+from .step import Interval, StepSums
 
 MAX_FAILED_SAVES = 3
 
 T = TypeVar("T")
-
-
-@dataclass
-class Interval:
-    """Sums since the last log line; part of a checkpoint, so that a resumed run writes the same lines."""
-
-    total: float = 0.0
-    terms: dict[str, float] = field(default_factory=dict)
-    count: int = 0
-    bucket_sums: list[float] = field(default_factory=lambda: [0.0] * NUM_TIME_BUCKETS)
-    bucket_counts: list[float] = field(default_factory=lambda: [0.0] * NUM_TIME_BUCKETS)
-
-    def add(self, sums: StepSums) -> None:
-        """Take in a step."""
-        self.count += sums.count
-        self.total += sums.total
-        self.bucket_sums = [a + b for a, b in zip(self.bucket_sums, sums.bucket_sums, strict=True)]
-        self.bucket_counts = [a + b for a, b in zip(self.bucket_counts, sums.bucket_counts, strict=True)]
-        for name, value in sums.term_sums.items():
-            self.terms[name] = self.terms.get(name, 0.0) + value
 
 
 class Trainer:
@@ -137,7 +116,8 @@ class Trainer:
 
         # State and records.
         self.step = 0
-        self.interval = Interval()
+        self.interval = Interval(self.device)
+        self.recent_sums: list[StepSums] = []  # of the last two steps
         self.failed_saves, self.saved_step = 0, -1
         self.checkpoint_files = checkpoint_files(config, self.tokenizer)
         self.saver = Saver(store, mesh, asynchronous=config.checkpoint.asynchronous, report=self.say)
@@ -204,7 +184,7 @@ class Trainer:
         """At every `every` steps, and always at the last one."""
         return self.step == self.config.training.steps or (every > 0 and self.step % every == 0)
 
-    def _optimizer_step(self, micro_batches: list[Batch]) -> tuple[float, float]:
+    def _optimizer_step(self, micro_batches: list[Batch]) -> tuple[torch.Tensor, float]:
         """One optimizer step on this rank's micro-batches. Returns (gradient norm, learning rate)."""
         config = self.config.training
         first_ordinal = self.loader.consumed - config.global_batch_size
@@ -222,26 +202,42 @@ class Trainer:
 
         factor = learning_rate_factor(self.config.optimizer, self.step, config.steps)
         set_learning_rate(self.engine.optimizer, factor)
-        try:
+        self.recent_sums = [*self.recent_sums[-1:], sums]
+        with self._stopping_unless_finite():
             norm = self.engine.step(self.config.optimizer.clip_norm)
-        except NotFinite:
-            raise TrainingFailed(
-                f"the gradient is not finite at step {self.step + 1}; the weights were left as they were",
-                found=", ".join(f"{name} {value:g}" for name, value in sums.term_sums.items()),
-                change="lower optimizer.lr, lengthen optimizer.warmup_steps or lower optimizer.clip_norm, then resume",
-            ) from None
         with torch.no_grad():
             self.objective.update_state(sums.statistics)
         if self.ema:
             self.ema.update(self.step + 1)
         self.interval.add(sums)
-        return norm.item(), factor * self.config.optimizer.lr
+        return norm, factor * self.config.optimizer.lr
+
+    @contextmanager
+    def _stopping_unless_finite(self, step_ahead: int = 1) -> Iterator[None]:
+        """In this block an engine may find that the gradient of step number `self.step + step_ahead`, or of the one
+        before, was not finite."""
+        try:
+            yield
+        except NotFinite as error:
+            terms = self.recent_sums[-1 - error.steps_ago].read().terms
+            raise TrainingFailed(
+                f"the gradient is not finite at step {self.step + step_ahead - error.steps_ago}; the weights were left "
+                "as they were",
+                found=", ".join(f"{name} {value:g}" for name, value in terms.items()),
+                change="lower optimizer.lr, lengthen optimizer.warmup_steps or lower optimizer.clip_norm, then resume",
+            ) from None
+
+    def _check_finite(self) -> None:
+        """See that the last step's gradient was finite, before anything is made of it."""
+        with self._stopping_unless_finite(step_ahead=0):
+            self.engine.check_finite()
 
     # -- records -----------------------------------------------------------------------------------------------
 
-    def _log(self, norm: float, rate: float) -> None:
+    def _log(self, norm: torch.Tensor, rate: float) -> None:
         """One line of metrics.jsonl and of progress: means over the interval since the last one."""
-        interval, self.interval = self.interval, Interval()
+        self._check_finite()
+        interval, self.interval = self.interval.read(), Interval(self.device)
         terms = {name: value / interval.count for name, value in interval.terms.items()}
         pairs = zip(interval.bucket_sums, interval.bucket_counts, strict=True)
         speed = self.meter.lap()
@@ -252,7 +248,7 @@ class Trainer:
             "loss": interval.total / interval.count,
             "terms": terms,
             "loss_by_time": [value / number if number else None for value, number in pairs],
-            "grad_norm": norm,
+            "grad_norm": norm.item(),
             "lr": rate,
             "tokens_per_second": speed.tokens_per_second,
             "mfu": self._mfu(speed.tokens_per_second),
@@ -365,8 +361,9 @@ class Trainer:
     def _save(self, *, last: bool) -> None:
         """Begin a checkpoint and, unless it is asynchronous and not the `last`, see it committed."""
         self._settle(wait=True)
+        self._check_finite()
         state = {
-            "interval": vars(self.interval),
+            "interval": vars(self.interval.read()),
             "metrics_offset": self.metrics.offset,
             "seconds": self.meter.elapsed,
             "loader": self.loader.state_dict(),
@@ -422,7 +419,7 @@ class Trainer:
         with open_checkpoint(path, check_tensors=False) as reader:  # verified above
             changes = restore(reader, self.config, self.objective, self.engine, self.ema, self.tokenizer, self.layout)
         self.loader.load_state_dict(reader.state["loader"])
-        self.interval = Interval(**reader.state["interval"])
+        self.interval = Interval(self.device, reader.state["interval"])
         self.say(f"resumed from step {self.step} ({path})")
         for change in changes:
             self.say(f"  continuing with another setting than it was saved with: {change}")

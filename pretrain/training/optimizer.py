@@ -17,10 +17,16 @@ from .muon import Muon
 
 
 def build_optimizer(
-    objective: Objective, config: OptimizerConfig, tensor: Axis | None = None, library: str = "torch"
+    objective: Objective,
+    config: OptimizerConfig,
+    tensor: Axis | None = None,
+    library: str = "torch",
+    *,
+    fused: bool = False,
 ) -> torch.optim.Optimizer:
     """The optimizer of all parameters that are trained, in groups of one peak learning rate and weight decay. `tensor`
-    is the axis that the weights are divided on; AdamW is that of `library`, `torch` or `apex`.
+    is the axis that the weights are divided on; AdamW is that of `library`, `torch` or `apex`, torch's `fused` one in
+    one kernel, which reads and writes everything once.
 
     Both are the configuration's, the decay on matrices alone (see `parameter_kinds`). Parameters whose name is, or lies
     below, a prefix in `objective.parameter_rates()` have those of the longest such prefix, whatever their kind.
@@ -44,7 +50,7 @@ def build_optimizer(
         return Muon(groups.values(), momentum=config.momentum, tensor=tensor, **common)
     if library == "apex":
         return apex_adam()(list(groups.values()), **common)
-    return torch.optim.AdamW(groups.values(), foreach=True, **common)
+    return torch.optim.AdamW(groups.values(), foreach=not fused, fused=fused, **common)
 
 
 def parameter_kinds(module: nn.Module) -> dict[str, str]:

@@ -93,9 +93,9 @@ def step(
     gradients = gather_tensors(gradients, shards_of(objective), mesh.tensor)
     gradients = gather_stages({"": gradients}, objective, mesh.pipeline)[""]
     norm = gradient_norm(engine.held, mesh.tensor, None, mesh.pipeline).item()
-    first = mesh.world.rank == 0
+    first, found = mesh.world.rank == 0, sums.read()
     counts = parameter_counts(network)
-    return Result(sums.total, sums.term_sums, norm, sums.statistics, gradients if first else {}, held, counts)
+    return Result(found.total, found.terms, norm, sums.statistics, gradients if first else {}, held, counts)
 
 
 def steps(
