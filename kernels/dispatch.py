@@ -28,6 +28,7 @@ NAMES = ("auto", "compiled", "triton", "eager")
 MODULES = {
     "normals": {"eager": "braid.kernels.random"},
     "noising": {"eager": "braid.kernels.noising_eager"},
+    "sampling": {"eager": "braid.kernels.sampling_eager"},
 }
 """Operation -> implementation -> where its functions are; those of the library are in `torch.ops.braid`."""
 

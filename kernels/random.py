@@ -183,12 +183,7 @@ def categorical(key: int, logits: Tensor, ordinals: Tensor, positions: Tensor, *
     Raises BraidError if V > 262,144 or if a row has NaN, +inf or nothing but -inf.
     """
     num_rows, vocab_size = logits.shape
-    if vocab_size > 4 * MAX_BLOCKS:
-        raise BraidError(
-            "the vocabulary is too large for the noise contract's counter",
-            found=f"{vocab_size} entries",
-            change=f"use a tokenizer of at most {4 * MAX_BLOCKS} entries",
-        )
+    check_vocabulary_size(vocab_size)
     logits = logits.detach()
     tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     for rows, _ in _tiles(num_rows, 1, (vocab_size + 3) // 4, logits.device):
@@ -196,12 +191,27 @@ def categorical(key: int, logits: Tensor, ordinals: Tensor, positions: Tensor, *
     return tokens
 
 
+def check_vocabulary_size(vocab_size: int) -> None:
+    """Raises BraidError where a token's block has no room in the counter."""
+    if vocab_size > 4 * MAX_BLOCKS:
+        raise BraidError(
+            "the vocabulary is too large for the noise contract's counter",
+            found=f"{vocab_size} entries",
+            change=f"use a tokenizer of at most {4 * MAX_BLOCKS} entries",
+        )
+
+
+def no_distribution(largest: float) -> BraidError:
+    """What to raise for a row of logits with NaN, +inf or nothing but -inf."""
+    return BraidError("cannot draw a token from these logits", found=f"a row whose largest is {largest}")
+
+
 def _race(key: int, logits: Tensor, ordinals: Tensor, positions: Tensor, draw: int) -> Tensor:
     """Decide by the upper words where they suffice, and draw the lower words only for tokens that could still win."""
     largest = logits.amax(dim=1, keepdim=True)
     if not largest.isfinite().all():
         row = int((~largest.isfinite()).flatten().nonzero()[0])
-        raise BraidError("cannot draw a token from these logits", found=f"a row whose largest is {float(largest[row])}")
+        raise no_distribution(float(largest[row]))
     probability = (logits - largest).exp_()
     num_blocks = (logits.shape[1] + 3) // 4
     high = words(key, Stream.CATEGORICAL, ordinals, positions[:, None], draw=draw, num_blocks=num_blocks)

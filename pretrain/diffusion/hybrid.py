@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from braid.kernels.sampling import ReverseStep
 from braid.parallel.vocabulary import Vocabulary
 
 from .absorbing import masked_cross_entropy
@@ -119,21 +120,22 @@ class Hybrid:
         noise = float(self.noise(t))
         return decoding_nats(float(self.survival(t)), noise, self.num_tokens, float(self.mask_probability(t)))
 
-    def log_posterior(self, probabilities_LV: Tensor, tokens_L: Tensor, t: float, s: float, mask_id: int) -> Tensor:
-        """log p(x_s | x_t) up to a constant of each row, [L, V] in the probabilities' precision, for a step from t to
-        an earlier s: q(x_t | x_s) times the marginal at s of the predicted clean tokens (CCDD's spec calls it the GIDD
-        posterior). At s = 0 the mask is -inf."""
+    def reverse_step(self, t: float, s: float) -> ReverseStep:
+        """p(x_s | x_t) for a step from t to an earlier s: q(x_t | x_s) times the marginal at s of the predicted clean
+        tokens (CCDD's spec calls it the GIDD posterior)."""
         at = torch.tensor([s, t], dtype=torch.float64)
         survival_s, survival_t = self.survival(at).tolist()
         mask_s, mask_t = self.mask_probability(at).tolist()
         noise_s, noise_t = self.noise(at).tolist()
         ratio = survival_t / survival_s
-        weights_LV = survival_s * probabilities_LV + noise_s
-        weights_LV[:, mask_id] = mask_s
-        stays_L1 = ratio * weights_LV.gather(1, tokens_L[:, None])
-        to_real, to_mask = noise_t - ratio * noise_s, mask_t - ratio * mask_s
-        arrives_L1 = torch.where(tokens_L == mask_id, weights_LV.new_tensor(to_mask), to_real)[:, None]
-        return (weights_LV * arrives_L1).scatter_add_(1, tokens_L[:, None], stays_L1).log_()
+        return ReverseStep(
+            survival_s,
+            noise_s,
+            mask_s,
+            ratio,
+            arrives_at_mask=mask_t - ratio * mask_s,
+            arrives=noise_t - ratio * noise_s,
+        )
 
 
 def hybrid_tokens(

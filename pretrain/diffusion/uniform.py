@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from braid.kernels.sampling import ReverseStep
 from braid.parallel.vocabulary import Vocabulary
 
 FLOAT64_CHUNK = 1 << 25
@@ -111,17 +112,12 @@ def decoding_nats(survival: float, noise: float, num_tokens: int, mask_probabili
     return nats - (num_tokens - 1) * noise * math.log(noise / visible) if noise > 0 else nats
 
 
-def log_posterior(
-    probabilities_LV: Tensor, tokens_L: Tensor, survival_t: float, survival_s: float, num_tokens: int, mask_id: int
-) -> Tensor:
-    """log p(x_s | x_t) up to a constant of each row, [L, V] in the probabilities' precision, for a step from t to an
-    earlier s; -inf at the mask.
+def reverse_step(survival_t: float, survival_s: float, num_tokens: int) -> ReverseStep:
+    """p(x_s | x_t) for a step from t to an earlier s, the mask outside.
 
-    q(x_t | x_s) times the predicted marginal alpha_s `probabilities` + (1 - alpha_s) / K: Bayes' rule for x_s, exact
-    where the denoiser is the leave-one-out posterior.
+    q(x_t | x_s) times the predicted marginal alpha_s p + (1 - alpha_s) / K: Bayes' rule for x_s, exact where the
+    denoiser is the leave-one-out posterior.
     """
     ratio = survival_t / survival_s
-    weights_LV = survival_s * probabilities_LV + (1 - survival_s) / num_tokens
-    weights_LV[:, mask_id] = 0
-    stays_L1 = ratio * weights_LV.gather(1, tokens_L[:, None])
-    return (weights_LV * ((1 - ratio) / num_tokens)).scatter_add_(1, tokens_L[:, None], stays_L1).log_()
+    arrives = (1 - ratio) / num_tokens
+    return ReverseStep(survival_s, (1 - survival_s) / num_tokens, 0.0, ratio, arrives, arrives)

@@ -41,10 +41,10 @@ def _jointly(objective: CCDD, tokens: Tensor, prompt: Prompt, draws: Draws) -> T
     times = draws.times(draws.settings.steps)
     everyone = torch.ones_like(prompt.known[:, 0])
     for step, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
-        logits, zhat = _predict(objective, tokens, latents.z, t, draws, everyone)
+        logits, unguided, zhat = _predict(objective, tokens, latents.z, t, draws, everyone)
         revealed = reveal(tokens, objective.mask_id, t, s, step, draws)
         if revealed.any():
-            tokens = fill(tokens, revealed, logits[revealed], objective.mask_id, s, step, draws)
+            tokens = fill(tokens, revealed, logits, everyone, objective.mask_id, s, step, draws, unguided)
         latents.step(zhat, t, s, step)
         draws.frame(s, tokens, latents.z)
         draws.progress(step + 1, draws.settings.steps)
@@ -63,24 +63,27 @@ def _from_visible(objective: CCDD, tokens: Tensor, prompt: Prompt, draws: Draws)
             z = objective.encoder.encode(tokens[active], tokens[active] == objective.mask_id)
             if given is not None:  # trained with the representations of the given tokens alone
                 z = torch.where(prompt.known[active][..., None], given[active], z)
-            logits, _ = _predict(objective, tokens[active], z, t, draws, active)
-            tokens = fill(tokens, revealed, logits[revealed[active]], objective.mask_id, s, step, draws)
+            logits, unguided, _ = _predict(objective, tokens[active], z, t, draws, active)
+            tokens = fill(tokens, revealed, logits, active, objective.mask_id, s, step, draws, unguided)
         draws.frame(s, tokens)
         draws.progress(step + 1, draws.settings.steps)
     return tokens
 
 
-def _predict(objective: CCDD, tokens: Tensor, z: Tensor, t: float, draws: Draws, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits, guided where asked, and the estimate of the clean latents, for the samples `rows` (bool [N])."""
-    times, w = draws.batch_times(t)[rows], draws.settings.guidance
+def _predict(
+    objective: CCDD, tokens: Tensor, z: Tensor, t: float, draws: Draws, rows: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Logits, those to guide away from where asked, and the estimate of the clean latents, for the samples `rows` (bool
+    [N])."""
+    times = draws.batch_times(t)[rows]
     draws.call(rows)
     prediction = objective.denoise(tokens, times, z)
-    logits = prediction.logits
-    if w != 1.0:
+    unguided = None
+    if draws.settings.guidance != 1.0:
         # The second call sees no latents (trained by latent dropout).
         draws.call(rows)
-        logits = w * logits + (1 - w) * objective.denoise(tokens, times, torch.zeros_like(z)).logits
-    return logits, prediction.latents
+        unguided = objective.denoise(tokens, times, torch.zeros_like(z)).logits
+    return prediction.logits, unguided, prediction.latents
 
 
 class _Latents:

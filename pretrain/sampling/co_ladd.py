@@ -34,10 +34,11 @@ def sample(objective: CoLADD, prompt: Prompt, draws: Draws) -> Tensor:
         return _sequential(objective, tokens, latents, draws)
     times = draws.times(draws.settings.steps)
     for step, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
-        prediction = call(objective, tokens, latents, t, t, draws, everyone(draws))
+        all_rows = everyone(draws)
+        prediction = call(objective, tokens, latents, t, t, draws, all_rows)
         revealed = reveal(tokens, objective.mask_id, t, s, step, draws)
         if revealed.any():
-            tokens = fill(tokens, revealed, prediction.logits[revealed], objective.mask_id, s, step, draws)
+            tokens = fill(tokens, revealed, prediction.logits, all_rows, objective.mask_id, s, step, draws)
         latents = _latent_step(objective, latents, prediction.latents, t, s, step, draws)
         draws.frame(s, tokens, latents)
         draws.progress(step + 1, draws.settings.steps)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from braid.kernels import random
 from braid.kernels.random import fold_key
-from braid.pretrain.diffusion.absorbing import unmask_probability, without_mask
+from braid.kernels.sampling import draw_tokens
+from braid.pretrain.diffusion.absorbing import unmask_probability
 from braid.pretrain.objectives.di_ladd import CODE_WORD, DiLADD
 
 from .draws import Draws
@@ -34,12 +34,8 @@ def sample(objective: DiLADD, prompt: Prompt, draws: Draws) -> Tensor:
         active = revealed.any(1) | revealed_codes.any(1)
         if active.any():
             prediction = call(objective, tokens, _slots(objective, codes), t, t, draws, active)
-            codes = _fill_codes(
-                codes, revealed_codes, prediction.latents[revealed_codes[active]], objective, step, draws
-            )
-            if revealed.any():
-                logits = prediction.logits[revealed[active]]
-                tokens = fill(tokens, revealed, logits, objective.mask_id, s, step, draws)
+            codes = _fill_codes(codes, revealed_codes, prediction.latents, active, objective, step, draws)
+            tokens = fill(tokens, revealed, prediction.logits, active, objective.mask_id, s, step, draws)
         draws.frame(s, tokens)
         draws.progress(step + 1, draws.settings.steps)
     return tokens
@@ -53,7 +49,7 @@ def _sequential(objective: DiLADD, tokens: Tensor, codes: Tensor, draws: Draws) 
         active = revealed.any(1)
         if active.any():
             logits = call(objective, tokens, _slots(objective, codes), 1.0, t, draws, active).latents
-            codes = _fill_codes(codes, revealed, logits[revealed[active]], objective, step, draws)
+            codes = _fill_codes(codes, revealed, logits, active, objective, step, draws)
         draws.frame(1.0, tokens)
         draws.progress(step + 1, steps + draws.settings.steps)
     return fill_text(objective, tokens, _slots(objective, codes), draws, steps)
@@ -69,15 +65,19 @@ def _reveal_codes(objective: DiLADD, codes: Tensor, t: float, s: float, step: in
 
 
 def _fill_codes(
-    codes: Tensor, revealed: Tensor, logits_MK: Tensor, objective: DiLADD, step: int, draws: Draws
+    codes: Tensor, revealed: Tensor, logits_ASK: Tensor, active: Tensor, objective: DiLADD, step: int, draws: Draws
 ) -> Tensor:
-    """The codes with the M revealed slots drawn from their logits, in the order of `nonzero`."""
+    """The codes with the revealed slots drawn from the logits, which the samples `active` (bool [N]) have."""
     rows, columns = revealed.nonzero(as_tuple=True)
-    if not len(rows):
-        return codes
-    logits_MK = without_mask(logits_MK.float(), objective.mask_code)
-    key = fold_key(draws.step_key(step), "codes")
-    return codes.index_put((rows, columns), random.categorical(key, logits_MK, draws.ordinals[rows], columns))
+    drawn = draw_tokens(
+        fold_key(draws.step_key(step), "codes"),
+        logits_ASK.flatten(0, 1),
+        draws.ordinals[rows],
+        columns,
+        rows=revealed[active].flatten().nonzero().squeeze(1),
+        left_out=objective.mask_code,
+    )
+    return codes.index_put((rows, columns), drawn)
 
 
 def _slots(objective: DiLADD, codes: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What a sampler draws from and reports to: keyed noise, exact token draws, the count of network calls, the record.
 
 Every draw is keyed by (seed, sample ordinal, position, step), so a sample does not depend on how samples are batched.
-Tokens are drawn exactly (braid.kernels.random.categorical), after temperature and nucleus.
+Tokens are drawn exactly (braid.kernels.sampling), after temperature and nucleus.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from braid.kernels import random
 from braid.kernels.random import Stream, fold_key
+from braid.kernels.sampling import ReverseStep, draw_tokens
 from braid.parallel.vocabulary import Vocabulary
 from braid.pretrain.config.schema import SamplingConfig
-from braid.pretrain.diffusion.absorbing import without_mask
 
 
 @dataclass
@@ -74,15 +74,45 @@ class Draws:
         positions = torch.arange(num_positions, device=self.device)
         return random.normal(fold_key(self.key, purpose), self.ordinals, positions, num_channels)
 
-    def tokens(self, logits_MV: Tensor, step: int, rows_M: Tensor, columns_M: Tensor, *, forbidden: int) -> Tensor:
-        """Token ids int64 [M] for the places (row, column) of the batch, from the network's logits [M, V]: temperature,
-        then nucleus, then an exact draw. The token `forbidden` (the mask) never comes."""
-        logits_MV = without_mask(self.whole(logits_MV).float(), forbidden)
-        if self.settings.temperature != 1.0:
-            logits_MV = logits_MV / self.settings.temperature
-        if self.settings.top_p < 1.0:
-            logits_MV = nucleus(logits_MV, self.settings.top_p)
-        return random.categorical(self.step_key(step), logits_MV, self.ordinals[rows_M], columns_M)
+    def tokens(
+        self,
+        logits_RV: Tensor,
+        step: int,
+        rows_M: Tensor,
+        columns_M: Tensor,
+        *,
+        forbidden: int,
+        places_M: Tensor | None = None,
+        unguided_RV: Tensor | None = None,
+        reverse: ReverseStep | None = None,
+        noisy_M: Tensor | None = None,
+        greedy: bool = False,
+    ) -> Tensor:
+        """Token ids int64 [M] for the places (row, column) of the batch, from the network's logits: their rows
+        `places_M`, or all in order. Guidance where there are `unguided_RV` logits, temperature, nucleus, then an exact
+        draw, or one from the `reverse` step of a process whose x_t is `noisy_M`; or, if `greedy`, the most probable
+        token. The token `forbidden` (the mask) is never predicted."""
+        if self.vocabulary is not None and self.vocabulary.divided:
+            logits_RV, unguided_RV = (
+                each if each is None else self.whole(each if places_M is None else each[places_M])
+                for each in (logits_RV, unguided_RV)
+            )
+            places_M = None
+        return draw_tokens(
+            self.step_key(step),
+            logits_RV,
+            self.ordinals[rows_M],
+            columns_M,
+            rows=places_M,
+            other=unguided_RV,
+            guidance=self.settings.guidance,
+            temperature=self.settings.temperature,
+            top_p=self.settings.top_p,
+            left_out=forbidden,
+            step=reverse,
+            noisy=noisy_M,
+            greedy=greedy,
+        )
 
     def whole(self, logits: Tensor) -> Tensor:
         """The network's logits of all tokens, [..., V]."""
@@ -93,11 +123,3 @@ class Draws:
         if self.record:
             norm = None if latents is None else float(latents[0].norm(dim=-1).mean())
             self.frames.append({"time": time, "tokens": tokens_NL[0].tolist(), "latent_norm": norm})
-
-
-def nucleus(logits_NV: Tensor, top_p: float) -> Tensor:
-    """Keep, per row, the smallest set of most probable tokens whose mass reaches `top_p`; -inf elsewhere."""
-    ordered, order = logits_NV.sort(dim=-1, descending=True, stable=True)
-    mass = ordered.double().softmax(-1)
-    beyond = mass.cumsum(-1) - mass >= top_p  # the mass before a token already suffices
-    return logits_NV.masked_fill(beyond.scatter(-1, order, beyond), float("-inf"))

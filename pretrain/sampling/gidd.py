@@ -14,8 +14,5 @@ from .prompts import Prompt
 
 def sample(objective: GIDD, prompt: Prompt, draws: Draws) -> Tensor:
     """Tokens int64 [N, L]."""
-
-    def posterior(probabilities: Tensor, tokens: Tensor, t: float, s: float) -> Tensor:
-        return objective.process.log_posterior(probabilities, tokens, t, s, objective.mask_id)
-
-    return ancestral(objective, prompt, draws, torch.full_like(prompt.tokens, objective.mask_id), posterior)
+    start = torch.full_like(prompt.tokens, objective.mask_id)
+    return ancestral(objective, prompt, draws, start, objective.process.reverse_step)

@@ -59,7 +59,7 @@ def fill_text(objective: LADD, tokens: Tensor, latents: Tensor, draws: Draws, fi
         active = revealed.any(1)
         if active.any():
             logits = call(objective, tokens, latents, t, 0.0, draws, active).logits
-            tokens = fill(tokens, revealed, logits[revealed[active]], objective.mask_id, s, step, draws)
+            tokens = fill(tokens, revealed, logits, active, objective.mask_id, s, step, draws)
         draws.frame(s, tokens, latents)
         draws.progress(step + 1, first_step + steps)
     return tokens

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from braid.pretrain.diffusion.absorbing import unmask_probability, without_mask
+from braid.pretrain.diffusion.absorbing import unmask_probability
 from braid.pretrain.objectives.mdlm import MDLM
 
 from .draws import Draws
@@ -28,7 +28,7 @@ def sample(objective: MDLM, prompt: Prompt, draws: Draws) -> Tensor:
         if active.any():
             draws.call(active)
             logits = objective.network(tokens[active], draws.batch_times(t)[active]).logits
-            tokens = fill(tokens, revealed, logits[revealed[active]], objective.mask_id, s, step, draws)
+            tokens = fill(tokens, revealed, logits, active, objective.mask_id, s, step, draws)
         draws.frame(s, tokens)
         draws.progress(step + 1, draws.settings.steps)
     return tokens
@@ -40,13 +40,28 @@ def reveal(tokens: Tensor, mask_id: int, t: float, s: float, step: int, draws: D
 
 
 def fill(
-    tokens: Tensor, revealed: Tensor, logits_MV: Tensor, mask_id: int, s: float, step: int, draws: Draws
+    tokens: Tensor,
+    revealed: Tensor,
+    logits_ALV: Tensor,
+    active: Tensor,
+    mask_id: int,
+    s: float,
+    step: int,
+    draws: Draws,
+    unguided_ALV: Tensor | None = None,
 ) -> Tensor:
-    """The tokens with the M positions revealed up to time s drawn from their logits, in the order of `nonzero`. With
-    `greedy_final` (published) the last step takes the most probable ones."""
+    """The tokens with the positions revealed up to time s drawn from the logits, which the samples `active` have (bool
+    [N], all those with anything revealed). With `greedy_final` (published) the last step takes the most probable ones.
+    """
     rows, columns = revealed.nonzero(as_tuple=True)
-    if draws.settings.greedy_final and s == 0:
-        drawn = without_mask(draws.whole(logits_MV), mask_id).argmax(-1)
-    else:
-        drawn = draws.tokens(logits_MV, step, rows, columns, forbidden=mask_id)
+    drawn = draws.tokens(
+        logits_ALV.flatten(0, 1),
+        step,
+        rows,
+        columns,
+        forbidden=mask_id,
+        places_M=revealed[active].flatten().nonzero().squeeze(1),
+        unguided_RV=None if unguided_ALV is None else unguided_ALV.flatten(0, 1),
+        greedy=draws.settings.greedy_final and s == 0,
+    )
     return tokens.index_put((rows, columns), drawn)

@@ -16,11 +16,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from braid.kernels.sampling_eager import nucleus
 from braid.pretrain.diffusion import gamma as process
 from braid.pretrain.objectives.replaid import RePlaid
 from braid.pretrain.objectives.replaid_terms import mean_embedding
 
-from .draws import Draws, nucleus
+from .draws import Draws
 from .prompts import Prompt
 
 

@@ -1,10 +1,12 @@
 """GIDD's mask + uniform process in index form against matrices: marginals, steps, weights, divergences, posterior."""
 
 import math
+from dataclasses import astuple
 
 import pytest
 import torch
 
+from braid.kernels.sampling_eager import log_posterior
 from braid.pretrain.diffusion.absorbing import mask_tokens, masked_cross_entropy
 from braid.pretrain.diffusion.hybrid import Hybrid, hybrid_tokens
 
@@ -128,7 +130,8 @@ def test_posterior_is_bayes_rule(t, s, p_uniform, gamma):
     law = random_laws(1, chain, seed=8)[0]
     # At t = 1, and without uniform noise, some tokens cannot be seen.
     seen = [i for i in range(K + 1) if float((law @ chain.marginal(t))[i]) > 0]
-    posterior = hybrid.log_posterior(law.expand(len(seen), -1), torch.tensor(seen), t, s, MASK)
+    step = astuple(hybrid.reverse_step(t, s))
+    posterior = log_posterior(law.expand(len(seen), -1), torch.tensor(seen), MASK, *step)
     expected = torch.stack([chain.reverse(s, t, i, law) for i in seen])
     assert torch.allclose(posterior.softmax(-1), expected, rtol=1e-10, atol=1e-15)
     if s == 0:

@@ -1,16 +1,18 @@
 """The uniform process in index form against matrices, enumeration and the numbers of the specification."""
 
 import math
+from dataclasses import astuple
 
 import numpy as np
 import pytest
 import torch
 
+from braid.kernels.sampling_eager import log_posterior
 from braid.pretrain.diffusion.uniform import (
     decoding_nats,
-    log_posterior,
     marginal_divergences,
     replace_tokens,
+    reverse_step,
     skip_mask,
     uniform_nats,
 )
@@ -138,7 +140,8 @@ def test_minimiser_is_the_leave_one_out_posterior():
 def test_posterior_is_bayes_rule(t, s):
     law = random_laws(1, CHAIN, seed=4)[0]
     tokens = torch.tensor(CHAIN.real)
-    posterior = log_posterior(law.expand(K, -1), tokens, 1 - t, 1 - s, K, CHAIN.mask_id)
+    step = reverse_step(1 - t, 1 - s, K)
+    posterior = log_posterior(law.expand(K, -1), tokens, CHAIN.mask_id, *astuple(step))
     assert torch.all(posterior[:, CHAIN.mask_id] == -torch.inf)
     expected = torch.stack([CHAIN.reverse(s, t, i, law) for i in CHAIN.real])
     assert torch.allclose(posterior.softmax(-1), expected, rtol=1e-12, atol=0)
@@ -147,7 +150,8 @@ def test_posterior_is_bayes_rule(t, s):
 def test_last_step_weighs_the_prediction_with_the_evidence():
     """At s = 0: p[k] (a [k = i] + h / V)."""
     law, a = random_laws(1, CHAIN, seed=5)[0], 0.25
-    posterior = log_posterior(law[None], torch.tensor([4]), a, 1.0, K, CHAIN.mask_id).softmax(-1)[0]
+    step = reverse_step(a, 1.0, K)
+    posterior = log_posterior(law[None], torch.tensor([4]), CHAIN.mask_id, *astuple(step)).softmax(-1)[0]
     expected = law * (a * CHAIN.clean(4) + (1 - a) / K)
     assert torch.allclose(posterior, expected / expected.sum(), rtol=1e-12)
 

@@ -107,9 +107,9 @@ def test_guidance_extrapolates_away_from_the_network_without_latents(monkeypatch
     drawn = []
     draw = Draws.tokens
 
-    def recording(draws, logits, step, rows, columns, *, forbidden):
-        tokens = draw(draws, logits, step, rows, columns, forbidden=forbidden)
-        drawn.append((logits, rows, columns, tokens))
+    def recording(draws, logits, step, rows, columns, *, places_M, unguided_RV, **options):
+        tokens = draw(draws, logits, step, rows, columns, places_M=places_M, unguided_RV=unguided_RV, **options)
+        drawn.append((2 * logits[places_M] - unguided_RV[places_M], rows, columns, tokens))
         return tokens
 
     monkeypatch.setattr(Draws, "tokens", recording)

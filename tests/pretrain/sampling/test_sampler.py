@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from braid.kernels.errors import InputError
+from braid.kernels.sampling_eager import nucleus
 from braid.pretrain.config.schema import SamplingConfig
 from braid.pretrain.model.blocks import KeyValueCache
-from braid.pretrain.sampling.draws import nucleus
 from braid.pretrain.sampling.prompts import Prompt, no_prompt
 from braid.pretrain.sampling.sampler import draw_samples, sample_entropy
 

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from braid.kernels import sampling_eager
 from braid.kernels.random import fold_key
 from braid.pretrain.config.schema import SamplingConfig
-from braid.pretrain.sampling import duo as duo_sampler
 from braid.pretrain.sampling.prompts import no_prompt
 from braid.pretrain.sampling.sampler import draw_samples
 
@@ -103,7 +103,7 @@ def test_a_sample_does_not_depend_on_its_batch(monkeypatch):
     alone = draw_samples(duo, STEPS, no_prompt(2, 10), key=1, first_ordinal=4).tokens
     assert torch.equal(together[4:], alone)
     assert not torch.equal(together, draw_samples(duo, STEPS, no_prompt(6, 10), key=2).tokens)
-    monkeypatch.setattr(duo_sampler, "FLOAT64_CHUNK", 7 * CHAIN.vocab_size)  # seven places at a time
+    monkeypatch.setattr(sampling_eager, "CHUNK", 7 * CHAIN.vocab_size)  # seven places at a time
     assert torch.equal(together, draw_samples(duo, STEPS, no_prompt(6, 10), key=1).tokens)
 
 
@@ -132,9 +132,9 @@ def test_temperature_and_nucleus_act_on_the_prediction(settings):
     expected = draw_samples(duo, greedy, no_prompt(5, 10), key=1).tokens
     assert torch.equal(draw_samples(duo, settings, no_prompt(5, 10), key=1).tokens, expected)
     law = torch.tensor([[0.5, 0.0, 0.3, 0.2]])
-    cold = duo_sampler.predicted(law.log(), SamplingConfig(temperature=0.5), CHAIN.mask_id)
+    cold = sampling_eager.tempered(law.log(), 0.5, 1.0, CHAIN.mask_id).softmax(-1)
     assert torch.allclose(cold, (law**2 / (law**2).sum()).double(), atol=1e-7)
-    cut = duo_sampler.predicted(law.log(), SamplingConfig(top_p=0.7), CHAIN.mask_id)
+    cut = sampling_eager.tempered(law.log(), 1.0, 0.7, CHAIN.mask_id).softmax(-1)
     assert torch.allclose(cut, torch.tensor([[0.625, 0.0, 0.375, 0.0]], dtype=torch.float64), atol=1e-7)
 
 
