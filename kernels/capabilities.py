@@ -281,6 +281,16 @@ ENTRIES = (
         install=f"{FROM_SOURCE} flash-attn",
     ),
     _Entry(
+        "flash-attn-3",
+        "accelerators.attention=flash-attn-3 can be chosen",
+        "accelerators.attention=flash-attn-3 is refused; torch has fused attention of its own",
+        probes.flash_attention_3,
+        module="flash_attn_interface",
+        symbol="flash_attn_func",
+        distribution="flash-attn-3",
+        install="build the folder `hopper` of the flash-attention repository against the installed torch",
+    ),
+    _Entry(
         "transformer-engine",
         "accelerators.linears=transformer-engine (fp8) can be chosen; parallel.engine=megatron steps with its Adam",
         "accelerators.linears=transformer-engine (fp8) is refused; layers are torch's and Megatron-core's",

@@ -14,6 +14,7 @@ import sys
 import sysconfig
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -135,13 +136,25 @@ def webdataset() -> str:
 
 
 def flash_attention() -> str:
-    import torch
     from flash_attn import flash_attn_func
+
+    return _flash_attention(flash_attn_func)
+
+
+def flash_attention_3() -> str:
+    from flash_attn_interface import flash_attn_func
+
+    return _flash_attention(flash_attn_func)
+
+
+def _flash_attention(flash_attn_func: Callable) -> str:
+    import torch
 
     if _device() == "cpu":
         raise NotHere("installed, but there is no CUDA device")
     q = torch.randn(1, 64, 2, 64, dtype=torch.bfloat16, device="cuda")
-    assert flash_attn_func(q, q, q).isfinite().all()
+    out = flash_attn_func(q, q, q)
+    assert (out[0] if isinstance(out, tuple) else out).isfinite().all()
     return "an attention ran"
 
 

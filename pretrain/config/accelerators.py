@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from braid.pretrain.config.schema import Config
 
 LIBRARIES = {
-    "attention": ("torch", "flash-attn"),
+    "attention": ("torch", "flash-attn", "flash-attn-3"),
     "norms": ("torch", "apex"),
     "optimizer": ("torch", "apex"),
     "linears": ("torch", "transformer-engine"),
@@ -25,7 +25,8 @@ class AcceleratorsConfig:
     """Which library computes what, on a GPU. One that is asked for and not there is an error; see `braid doctor`."""
 
     attention: str = "torch"
-    """`torch` (its scaled_dot_product_attention: cuDNN, FlashAttention and others), or `flash-attn` (that package)."""
+    """`torch` (its scaled_dot_product_attention: cuDNN's kernels first from Hopper on, FlashAttention's elsewhere),
+    or a package: `flash-attn` (FlashAttention 2), `flash-attn-3` (its successor for Hopper)."""
     norms: str = "torch"
     """LayerNorm and RMSNorm: `torch`, or `apex` (its fused kernels, in float32 as torch's)."""
     optimizer: str = "torch"
@@ -51,7 +52,7 @@ def check_accelerators(check: Check, config: Config) -> None:
         check.add("accelerators are for GPUs", f"{', '.join(asked)}, run.device = 'cpu'", "run.device=cuda, or torch")
     if config.objective.name == "t5" and given.optimizer == "torch":
         check.add("the network of objective.name = 't5' is another library's, which computes it", ", ".join(asked))
-    if given.attention == "flash-attn":
+    if given.attention != "torch":
         _attention(check, config)
     if given.norms == "apex" and config.model.compile:
         found = "accelerators.norms = 'apex', model.compile = true"
@@ -63,17 +64,18 @@ def check_accelerators(check: Check, config: Config) -> None:
 
 
 def _attention(check: Check, config: Config) -> None:
-    asked, model = "accelerators.attention = 'flash-attn'", config.model
+    library, model = config.accelerators.attention, config.model
+    asked = f"accelerators.attention = {library!r}"
     if config.run.precision != "bf16":
         check.add(
-            "flash-attn computes in bf16", f"{asked}, run.precision = {config.run.precision!r}", "run.precision=bf16"
+            f"{library} computes in bf16", f"{asked}, run.precision = {config.run.precision!r}", "run.precision=bf16"
         )
     if config.objective.name == "elf":
         found = f"{asked}, objective.name = 'elf'"
-        check.add("flash-attn takes no mask, and ELF hides padding by one", found, "accelerators.attention=torch")
+        check.add(f"{library} takes no mask, and ELF hides padding by one", found, "accelerators.attention=torch")
     if model.num_heads > 0 and model.width > FLASH_HEAD_DIM * model.num_heads:
         found = f"model.width / model.num_heads = {model.width} / {model.num_heads} = {model.width / model.num_heads:g}"
-        check.add(f"flash-attn takes heads of at most {FLASH_HEAD_DIM}", found, "a larger model.num_heads")
+        check.add(f"{library} takes heads of at most {FLASH_HEAD_DIM}", found, "a larger model.num_heads")
 
 
 def _optimizer(check: Check, config: Config) -> None:

@@ -24,9 +24,9 @@ def use_accelerators(config: AcceleratorsConfig, device: torch.device) -> None:
             + f", and the run is on a {device.type.upper()}",
             change=" ".join(f"accelerators.{field}=torch" for field in asked),
         )
-    use_attention(config.attention)
     use_norms(config.norms)
     if config.optimizer == "apex":
         apex_adam()
     if config.linears == "transformer-engine":
         require_fp8()
+    use_attention(config.attention, device)
