@@ -6,6 +6,8 @@
 
 namespace braid {
 
+BRAID_FUNCTION float infinity() { return from_bits(0x7F800000u); }
+
 // float32: relative error below 1.5e-7 from -87 to 88; 0 below, exp(88) above; NaN gives NaN.
 BRAID_FUNCTION float exponential(float argument) {
   const float x = argument < -87.0f ? -87.0f : argument > 88.0f ? 88.0f : argument;

@@ -40,7 +40,6 @@ constexpr uint64_t LOW_WORDS = 0xB5A3F68805790A45;
 constexpr double CLOSE = 0x1p-14;  // closer than this, a decision is taken again from float64 sums
 constexpr double SLACK = 1 + 0x1p-11;
 constexpr float LARGEST = 0x1.fffffep+127f;
-BRAID_FUNCTION float infinity() { return from_bits(0x7F800000u); }
 BRAID_FUNCTION float no_logit() { return -infinity(); }
 constexpr double NEVER = 1e300;
 
