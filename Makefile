@@ -4,7 +4,7 @@
 #   make test         the tests that need neither minutes nor a GPU
 #   make test-all     all tests; those for a GPU are skipped where there is none
 #   make parity       every system under every parallel layout beside one process; the table is in parity.md
-#   make gpu-check    the tests for a GPU, with their results in gpu-check.json
+#   make gpu-check    the tests for a GPU and the benchmarks on it, with their results in gpu-check.json
 #   make lint         ruff
 #   make clean        remove what these targets made; runs/ and data/ stay
 #
@@ -43,7 +43,8 @@ parity: $(VENV)/test
 
 gpu-check: $(VENV)/test
 	$(VENV)/bin/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('gpu-check: torch sees no CUDA device')"
-	$(PYTEST) -m gpu --summary gpu-check.json $(PYTEST_ARGS)
+	$(PYTEST) -m gpu --summary gpu-check.json $(PYTEST_ARGS); code=$$?; \
+	$(VENV)/bin/braid bench all --into gpu-check.json && exit $$code
 
 lint: $(VENV)/test
 	$(VENV)/bin/ruff check .

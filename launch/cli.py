@@ -24,6 +24,7 @@ COMMANDS = {
         "parameters, memory, traffic, time and disk of a recipe on so many GPUs",
         "braid.pretrain.planning.command",
     ),
+    "bench": ("time Braid's operations against what one would take instead", "braid.pretrain.benchmark.command"),
     "report": ("write a run's report.html", "braid.pretrain.report.command"),
     "demo": ("train, evaluate and sample small models on this machine", "braid.pretrain.demo"),
     "doctor": ("what is installed, what works, what was picked and why", "braid.launch.doctor"),

@@ -7,11 +7,13 @@ different days, were taken on machines in different states.
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,7 +80,7 @@ def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What the figures of this process were taken on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
         "device": name,
         "threads": torch.get_num_threads(),
@@ -91,6 +93,15 @@ def machine(device: torch.device) -> dict[str, Any]:
 def as_json(timings: Mapping[str, Timing]) -> dict[str, dict[str, float]]:
     """For a report."""
     return {name: asdict(timing) for name, timing in timings.items()}
+
+
+def _processor() -> str:
+    """As the kernel names it, on Linux."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _timing(values: list[float]) -> Timing:
