@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,7 +25,11 @@ from .precision import prepare_process
 
 
 def main(recipe: str, overrides: Sequence[str]) -> int:
-    """Load, validate, train. Returns 0; everything else is a BraidError with its documented exit code."""
+    """Load, validate, train. Returns 0; everything else is a BraidError with its documented exit code.
+
+    A process that a library kills (SIGABRT, SIGSEGV, ...) says on stderr where each of its threads stood.
+    """
+    faulthandler.enable()
     config = load_config(recipe, overrides)
     return pretrain(config)
 

@@ -56,6 +56,14 @@ def test_the_same_under_torchrun_which_ends_the_others(trainers: Trainers, tmp_p
     assert half_damaged.name in assert_outcome(tmp_path / "run", 2)["message"]
 
 
+def test_a_process_that_a_library_kills_says_where_its_threads_stood(trainers: Trainers, tmp_path: Path) -> None:
+    process = trainers.start("tiny_mdlm", "run", training__steps=10**6)
+    process.wait_until(lambda: has_lines(tmp_path / "run"))
+    process.signal(signal.SIGABRT)
+    assert process.wait() == -signal.SIGABRT
+    assert "Fatal Python error: Aborted" in process.err and "_optimizer_step" in process.err
+
+
 @pytest.fixture
 def trained(trainers: Trainers, tmp_path: Path) -> Path:
     trainers.train("tiny_mdlm", "run", training__steps=8)
