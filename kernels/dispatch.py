@@ -29,7 +29,7 @@ MODULES = {
     "normals": {"eager": "braid.kernels.random"},
     "noising": {"eager": "braid.kernels.noising_eager"},
     "sampling": {"eager": "braid.kernels.sampling_eager"},
-    "cross_entropy": {"eager": "braid.kernels.cross_entropy_eager"},
+    "cross_entropy": {"triton": "braid.kernels.cross_entropy_triton", "eager": "braid.kernels.cross_entropy_eager"},
 }
 """Operation -> implementation -> where its functions are; those of the library are in `torch.ops.braid`."""
 

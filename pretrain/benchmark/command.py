@@ -20,13 +20,14 @@ KINDS = {
         "braid.kernels.bench.head",
         "output head and cross-entropy: masked positions in chunks against all at once",
     ),
+    "cross_entropy": ("braid.kernels.bench.cross_entropy", "losses and gradient of rows of logits, in place"),
     "sampling": ("braid.kernels.bench.sampling", "exact draws of tokens against float64 and Gumbel noise"),
     "step": ("braid.pretrain.benchmark.step", "a whole training step against plain and compiled PyTorch"),
 }
 SIZES = {
     "rows": ("noising", "step"),
     "length": ("noising",),
-    "vocab": ("noising", "head", "sampling", "step"),
+    "vocab": ("noising", "head", "cross_entropy", "sampling", "step"),
     "recipe": ("step",),
 }
 
