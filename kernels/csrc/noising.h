@@ -1,5 +1,5 @@
 // Joint noising of tokens and their vectors (kernels/noising.py says what it computes): its arguments, for the host and
-// for CUDA. kernels/noising_arguments.py has the same structures; a pointer that is null means "not asked for".
+// for CUDA. kernels/arguments.py has the same structures; a pointer that is null means "not asked for".
 #pragma once
 
 #include "core.h"
@@ -40,6 +40,9 @@ struct NoisingArguments {
   int32_t vectors_bfloat16, latents_bfloat16;
 };
 
+// Sorted positions whose contributions to the table's gradient one CUDA warp adds up.
+constexpr int64_t PIECE = 128;
+
 // The gradient of `latents` to vectors, alpha and sigma. Here `forward.kind` is an input, `forward.tokens` are the table
 // rows that were embedded, and the draws are made anew. `vectors_gradient` [rows, length, channels] has the vectors'
 // type; `table_gradient` float32 [table_rows, channels] is 0 before.
@@ -49,9 +52,9 @@ struct NoisingGradients {
   const int64_t* order;          // [rows * length]: the positions sorted by table row, stable; null: atomics (CUDA)
   void* vectors_gradient;
   float* table_gradient;
-  float* partials;         // CUDA with `order`: [ceil(rows * length / PIECE), 2, channels]
-  float* alpha_gradient;   // [rows, length]
-  float* sigma_gradient;   // [rows, length]
+  float* partials;               // CUDA with `order`: [ceil(rows * length / PIECE), 2, channels]
+  float* alpha_gradient;         // [rows, length]
+  float* sigma_gradient;         // [rows, length]
 };
 
 struct Noised {

@@ -1,4 +1,4 @@
-// Standard normals by themselves: `random.normal`.
+// Standard normals by themselves: `random.normal`. kernels/arguments.py has the same structure.
 #pragma once
 
 #include "core.h"

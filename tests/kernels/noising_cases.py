@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from braid.kernels import reference
-from braid.kernels.noising import JointNoising
+from braid.kernels.noising import PIECE, JointNoising
+from braid.kernels.normals import as_key
 
 FAR = 1 << 33
 
@@ -119,6 +120,57 @@ def expected(case: Case) -> JointNoising:
         eps = torch.from_numpy(drawn) if options["return_eps"] else None
     tokens, kind = (None if x is None else torch.from_numpy(x) for x in (noised, kind))
     return JointNoising(tokens, kind, latents, eps, weights)
+
+
+def gradients(functions: Any, case: Case, latents_gradient: Tensor, *, ordered: bool) -> tuple[Tensor, ...]:
+    """The backward pass of `functions` (an implementation) for a case with vectors: gradients of vectors or table, and
+    of alpha and sigma at each position. All outputs start as NaN, but for the table's, which is 0 before."""
+    options, (rows, length), wanted = case.options, case.shape(), expected(case)
+    vectors, is_table = case.vectors, case.vectors.ndim == 2
+    sources = order = partials = of_vectors = of_table = None
+    if case.tokens is not None:
+        sources = wanted.tokens if options["embed"] == "noised" else case.tokens
+    if is_table:
+        of_table = torch.zeros(vectors.shape)
+        order = sources.flatten().argsort(stable=True) if ordered else None
+        partials = torch.full((-(-rows * length // PIECE), 2, vectors.shape[1]), torch.nan)
+    else:
+        of_vectors = torch.full_like(vectors, torch.nan)
+    of_alpha, of_sigma = torch.full((2, rows, length), torch.nan).unbind()
+
+    def wide(name: str) -> Tensor | None:
+        x = options.get(name)
+        return None if x is None else (x if x.ndim == 2 else x[:, None]).expand(rows, length)
+
+    functions.noise_backward_into(
+        latents_gradient, sources, wanted.kind, order, vectors, as_key(case.key), case.ordinals, case.positions,
+        wide("alpha"), wide("alpha_corrupted"), options["first_channel"], options["draw"], of_vectors, of_table,
+        partials, of_alpha, of_sigma,
+    )  # fmt: skip
+    return of_table if is_table else of_vectors, of_alpha, of_sigma
+
+
+def expected_gradients(case: Case, latents_gradient: Tensor) -> tuple[Tensor, ...]:
+    """By autograd in float64, the coefficients being those of each position."""
+    options, (rows, length), wanted = case.options, case.shape(), expected(case)
+    eps = reference.normal(
+        case.key, case.ordinals.numpy(), case.positions.numpy(), case.vectors.shape[-1], draw=options["draw"],
+        first_channel=options["first_channel"],
+    )  # fmt: skip
+    vectors = case.vectors.double().requires_grad_()
+    coefficients = []
+    for name in ("alpha", "sigma"):
+        own, other = (options.get(full) for full in (name, f"{name}_corrupted"))
+        own, other = (
+            None if x is None else (x if x.ndim == 2 else x[:, None]).expand(rows, length) for x in (own, other)
+        )
+        used = own if other is None else torch.where(wanted.kind == 0, own, other)
+        coefficients.append(used.double().requires_grad_())
+    clean = vectors
+    if vectors.ndim == 2:
+        clean = vectors[wanted.tokens if options["embed"] == "noised" else case.tokens]
+    z = coefficients[0][..., None] * clean + coefficients[1][..., None] * torch.from_numpy(eps).double()
+    return torch.autograd.grad(z, (vectors, *coefficients), latents_gradient.double())
 
 
 def assert_same(found: JointNoising, wanted: JointNoising) -> None:

@@ -1,0 +1,4 @@
+// All launchers, with the emulator in place of a device: a library of its own, for tests.
+#define BRAID_EMULATOR
+#include "noising_cuda.cu"
+#include "normals_cuda.cu"
