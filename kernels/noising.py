@@ -32,6 +32,9 @@ from braid.kernels.reference import MAX_BLOCKS, MAX_DRAWS
 PIECE = 128
 """Sorted positions whose gradients one CUDA block adds up; the same number is in csrc/noising.h."""
 
+KEPT, MASKED, REPLACED = 0, 1, 2
+"""Kinds of tokens."""
+
 LATENT_TYPES = (torch.float32, torch.bfloat16)
 
 

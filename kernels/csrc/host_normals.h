@@ -1,13 +1,14 @@
-// Normals on the host, 64 channels at a time, written so that compilers turn every loop into vector instructions.
+// Normals on the host, 64 channels at a time.
 #pragma once
 
+#include "host_vectors.h"
 #include "normal_table.h"
 
 namespace braid {
 namespace {
 
-constexpr int TILE_BLOCKS = 16;
-constexpr int TILE = 4 * TILE_BLOCKS;
+constexpr int TILE = 64;
+constexpr int TILE_VECTORS = TILE / 4 / WIDE_LANES;
 
 // Offsets and slopes apart: each is gathered by itself.
 struct SplitTable {
@@ -20,47 +21,52 @@ constexpr SplitTable split_table() {
 }
 constexpr SplitTable SEGMENTS = split_table();
 
-// Makes the compiler finish one loop before the next: merged ones are no longer vectorised.
-BRAID_FUNCTION void finish(const void* memory) { __asm__ volatile("" : : "r"(memory) : "memory"); }
+// core.h's normal_argument, segment_of and to_normal, for a vector of words.
+BRAID_FUNCTION Floats to_normals(Unsigned words) {
+  const Floats x = to_floats(words << 1 | 1u);
+  const Signed segment = (Signed)(((Unsigned)x >> 17) - (127u << 6));
+  const Floats magnitude = gather(SEGMENTS.offset, segment) + gather(SEGMENTS.slope, segment) * x;
+  return (Floats)((Unsigned)magnitude ^ (words & 0x80000000u));
+}
 
-// The normals of channels 4 * first_block to 4 * first_block + TILE.
+// The normals of channels 4 * first_block to 4 * first_block + TILE. Counter words are the lower halves of 64-bit
+// lanes, one lane to a block; what is in the upper halves does not reach the lower ones.
 BRAID_FUNCTION void normal_tile(uint32_t position, uint32_t first_block, uint32_t draw, int64_t ordinal, Key key,
-                                float* __restrict normals) {
-  uint32_t c0[TILE_BLOCKS], c1[TILE_BLOCKS], c2[TILE_BLOCKS], c3[TILE_BLOCKS];
-  const uint32_t ordinal_low = (uint32_t)ordinal, ordinal_high = (uint32_t)((uint64_t)ordinal >> 32);
-  for (int i = 0; i < TILE_BLOCKS; ++i) {
-    c0[i] = position;
+                                float* normals) {
+  Wide c0[TILE_VECTORS], c1[TILE_VECTORS], c2[TILE_VECTORS], c3[TILE_VECTORS];
+  for (int v = 0; v < TILE_VECTORS; ++v) {
     // Blocks past the last one belong to channels nobody asks for.
-    c1[i] = counter_word(STREAM_NORMAL, draw, (first_block + i) & 0xFFFFu);
-    c2[i] = ordinal_low;
-    c3[i] = ordinal_high;
+    for (int i = 0; i < WIDE_LANES; ++i)
+      c1[v][i] = counter_word(STREAM_NORMAL, draw, (first_block + v * WIDE_LANES + i) & 0xFFFFu);
+    c0[v] = Wide{} + (uint64_t)position;
+    c2[v] = Wide{} + (uint64_t)(uint32_t)ordinal;
+    c3[v] = Wide{} + ((uint64_t)ordinal >> 32);
   }
   for (int round = 0; round < NUM_ROUNDS; ++round) {
-    for (int i = 0; i < TILE_BLOCKS; ++i) {
-      const uint64_t p0 = (uint64_t)MULTIPLIER_0 * c0[i], p1 = (uint64_t)MULTIPLIER_1 * c2[i];
-      const uint32_t mixed0 = (uint32_t)(p1 >> 32) ^ c1[i] ^ key.low, mixed2 = (uint32_t)(p0 >> 32) ^ c3[i] ^ key.high;
-      c0[i] = mixed0;
-      c1[i] = (uint32_t)p1;
-      c2[i] = mixed2;
-      c3[i] = (uint32_t)p0;
+    for (int v = 0; v < TILE_VECTORS; ++v) {
+      const Wide p0 = multiply_lower(c0[v], MULTIPLIER_0), p1 = multiply_lower(c2[v], MULTIPLIER_1);
+      c0[v] = p1 >> 32 ^ c1[v] ^ (uint64_t)key.low;
+      c2[v] = p0 >> 32 ^ c3[v] ^ (uint64_t)key.high;
+      c1[v] = p1;
+      c3[v] = p0;
     }
     key.low += INCREMENT_0;
     key.high += INCREMENT_1;
   }
-  uint32_t words[TILE];
-  for (int i = 0; i < TILE_BLOCKS; ++i) {
-    words[4 * i] = c0[i];
-    words[4 * i + 1] = c1[i];
-    words[4 * i + 2] = c2[i];
-    words[4 * i + 3] = c3[i];
+  alignas(BYTES) uint64_t words[TILE / 2];
+  for (int v = 0; v < TILE_VECTORS; ++v) {
+    const Wide first = (c0[v] & 0xFFFFFFFFu) | c1[v] << 32, second = (c2[v] & 0xFFFFFFFFu) | c3[v] << 32;
+    for (int i = 0; i < WIDE_LANES; ++i) {
+      words[2 * (v * WIDE_LANES + i)] = first[i];
+      words[2 * (v * WIDE_LANES + i) + 1] = second[i];
+    }
   }
-  finish(words);
-  for (int i = 0; i < TILE; ++i) {
-    const float x = normal_argument(words[i]);
-    const uint32_t segment = segment_of(x);
-    normals[i] = to_normal(words[i], x, SEGMENTS.offset[segment], SEGMENTS.slope[segment]);
+  for (int i = 0; i < TILE; i += LANES) {
+    Unsigned of_vector;
+    __builtin_memcpy(&of_vector, (const char*)words + 4 * i, BYTES);
+    const Floats made = to_normals(of_vector);
+    __builtin_memcpy(normals + i, &made, BYTES);
   }
-  finish(normals);
 }
 
 // Calls use(channel, normals, number) for pieces of at most TILE consecutive channels of one position: channel counts

@@ -47,7 +47,7 @@ bool forward(const NoisingArguments& a, int64_t first, int64_t last) {
   return true;
 }
 
-constexpr int LANES = 16;  // partial sums of one dot product: a fixed order on every instruction set
+constexpr int SUMS = 16;  // partial sums of one dot product: a fixed order on every instruction set
 
 template <class Vector, class Latent>
 void backward(const NoisingGradients& g, int64_t first, int64_t last) {
@@ -64,29 +64,29 @@ void backward(const NoisingGradients& g, int64_t first, int64_t last) {
       for (int64_t j = 0; j < a.channels; ++j) store(to + j, multiply(c.alpha, load(gradient + j)));
     }
     if (g.alpha_gradient) {
-      float sums[LANES] = {};
+      float sums[SUMS] = {};
       int64_t j = 0;
-      for (; j + LANES <= a.channels; j += LANES)
-        for (int k = 0; k < LANES; ++k) sums[k] += load(gradient + j + k) * load(vector + j + k);
+      for (; j + SUMS <= a.channels; j += SUMS)
+        for (int k = 0; k < SUMS; ++k) sums[k] += load(gradient + j + k) * load(vector + j + k);
       for (int k = 0; j + k < a.channels; ++k) sums[k] += load(gradient + j + k) * load(vector + j + k);
       float sum = 0;
-      for (int k = 0; k < LANES; ++k) sum += sums[k];
+      for (int k = 0; k < SUMS; ++k) sum += sums[k];
       g.alpha_gradient[i] = sum;
     }
     if (g.sigma_gradient) {
-      float sums[LANES] = {};
+      float sums[SUMS] = {};
       for_normals(position, a.first_channel, a.channels, (uint32_t)a.draw, a.ordinals[row], key,
                   [&](int64_t channel, const float* __restrict normals, int64_t number) {
                     const Latent* __restrict of = gradient + channel;
                     if (number == TILE) {
-                      for (int j = 0; j < TILE; j += LANES)
-                        for (int k = 0; k < LANES; ++k) sums[k] += load(of + j + k) * normals[j + k];
+                      for (int j = 0; j < TILE; j += SUMS)
+                        for (int k = 0; k < SUMS; ++k) sums[k] += load(of + j + k) * normals[j + k];
                     } else {
-                      for (int64_t j = 0; j < number; ++j) sums[j % LANES] += load(of + j) * normals[j];
+                      for (int64_t j = 0; j < number; ++j) sums[j % SUMS] += load(of + j) * normals[j];
                     }
                   });
       float sum = 0;
-      for (int k = 0; k < LANES; ++k) sum += sums[k];
+      for (int k = 0; k < SUMS; ++k) sum += sums[k];
       g.sigma_gradient[i] = sum;
     }
   }

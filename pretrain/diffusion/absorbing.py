@@ -8,18 +8,6 @@ from torch import Tensor
 from braid.parallel.vocabulary import Vocabulary
 
 
-def mask_tokens(
-    tokens_BL: Tensor, uniforms_BL: Tensor, mask_probability_B: Tensor, mask_id: int, *, keep: Tensor
-) -> tuple[Tensor, Tensor]:
-    """x_t and where it is masked (bool): a token is masked when its uniform is below 1 - alpha_t, unless it is one of
-    those to `keep` (bool [B, L]).
-
-    The probability is rounded once to float32, as the uniforms are: the same decision on every device.
-    """
-    masked_BL = (uniforms_BL < mask_probability_B.float()[:, None]) & ~keep
-    return torch.where(masked_BL, mask_id, tokens_BL), masked_BL
-
-
 def without_mask(logits: Tensor, mask_id: int) -> Tensor:
     """Logits with the mask's set to -inf: the clean text never contains it (SUBS, before any normalisation)."""
     return Vocabulary(logits.shape[-1]).without(logits, mask_id)

@@ -36,12 +36,14 @@ def logit_normal_density(tau: Tensor, mean: float, std: float) -> Tensor:
     return torch.exp(-deviation.square() / 2) / (math.sqrt(2 * math.pi) * std * inside * (1 - inside))
 
 
-def interpolate(x_BLD: Tensor, eps_BLD: Tensor, tau: Tensor, noise_scale: float | Tensor) -> Tensor:
-    """z_tau [B, L, D] for tau [B] or, one for each position, [B, L]; coefficients are rounded once to float32.
+def interpolation(tau: Tensor, noise_scale: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Coefficients of x and eps at tau, float64; `noise_scale` may be a tensor that broadcasts against tau."""
+    return tau.double(), noise_scale * (1 - tau.double())
 
-    `noise_scale` may be a tensor that broadcasts against tau.
-    """
-    data, noise = tau.double(), noise_scale * (1 - tau.double())
+
+def interpolate(x_BLD: Tensor, eps_BLD: Tensor, tau: Tensor, noise_scale: float | Tensor) -> Tensor:
+    """z_tau [B, L, D] for tau [B] or, one for each position, [B, L]; coefficients are rounded once to float32."""
+    data, noise = interpolation(tau, noise_scale)
     axes = (...,) + (None,) * (x_BLD.ndim - tau.ndim)
     return data.float()[axes] * x_BLD + noise.float()[axes] * eps_BLD
 

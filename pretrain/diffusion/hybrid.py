@@ -136,24 +136,3 @@ class Hybrid:
             arrives_at_mask=mask_t - ratio * mask_s,
             arrives=noise_t - ratio * noise_s,
         )
-
-
-def hybrid_tokens(
-    tokens_BL: Tensor,
-    uniforms_BL: Tensor,
-    replacements_BL: Tensor,
-    mask_probability_B: Tensor,
-    uniform_probability_B: Tensor,
-    mask_id: int,
-    *,
-    keep: Tensor,
-) -> Tensor:
-    """x_t: masked where the uniform is below the mask's probability, replaced where it is in the next interval, of
-    length `uniform_probability` (K times `noise`), unchanged above and where `keep` (bool [B, L]) says so.
-
-    Without uniform noise the same decisions as `absorbing.mask_tokens`. Bounds are rounded once to float32.
-    """
-    masked_BL = uniforms_BL < mask_probability_B.float()[:, None]
-    replaced_BL = uniforms_BL < (mask_probability_B + uniform_probability_B).float()[:, None]
-    noised_BL = torch.where(masked_BL, mask_id, torch.where(replaced_BL, replacements_BL, tokens_BL))
-    return torch.where(keep, tokens_BL, noised_BL)

@@ -28,18 +28,6 @@ def skip_mask(integers: Tensor, mask_id: int) -> Tensor:
     return integers + (integers >= mask_id)
 
 
-def replace_tokens(
-    tokens_BL: Tensor, uniforms_BL: Tensor, replacements_BL: Tensor, probability_B: Tensor, *, keep: Tensor
-) -> Tensor:
-    """x_t: a token gives way to its replacement (perhaps the same) where its uniform is below 1 - alpha_t, unless it is
-    one of those to `keep` (bool [B, L]).
-
-    The probability is rounded once to float32, as the uniforms are: the same decision on every device.
-    """
-    replaced_BL = (uniforms_BL < probability_B.float()[:, None]) & ~keep
-    return torch.where(replaced_BL, replacements_BL, tokens_BL)
-
-
 def marginal_divergences(
     probabilities_BLV: Tensor,
     tokens_BL: Tensor,

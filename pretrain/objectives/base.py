@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from braid.data_pipeline.loader import Batch, upload
 from braid.data_pipeline.tokenizers import Tokenizer
 from braid.kernels import random
+from braid.kernels.noising import MASKED, joint_noising
 from braid.kernels.random import Stream
 from braid.parallel.context import Context
 from braid.pretrain.diffusion.gumbel import gumbels
@@ -76,21 +77,60 @@ class Noise:
         return (self.index.double() + self.shift) / self.batch_size
 
     def uniforms(self, num_positions: int, *, word: int = 0) -> Tensor:
-        """Token-level uniforms, float32 [B, L]. Word 0 decides what is noised, word 1 belongs to `integers`, word 2
+        """Token-level uniforms, float32 [B, L]. Word 0 decides what is noised, word 1 is the replacement's, word 2
         decides what an encoder does not see."""
         positions = torch.arange(num_positions, device=self.ordinals.device)
         return random.uniform(self.key, Stream.TOKEN, self.ordinals, positions, draw=self.draw, word=word)
 
     def normals(self, num_positions: int, num_channels: int, *, purpose: str = "latent") -> Tensor:
         """Standard normals, float32 [B, L, channels]; another `purpose` gives independent ones."""
-        key = self.key if purpose == "latent" else random.fold_key(self.key, purpose)
         positions = torch.arange(num_positions, device=self.ordinals.device)
-        return random.normal(key, self.ordinals, positions, num_channels, draw=self.draw)
+        return random.normal(self._key_of(purpose), self.ordinals, positions, num_channels, draw=self.draw)
 
-    def integers(self, num_positions: int, n: int) -> Tensor:
-        """Uniform integers in [0, n), int64 [B, L], independent of the uniforms of word 0."""
-        positions = torch.arange(num_positions, device=self.ordinals.device)
-        return random.integers(self.key, Stream.TOKEN, self.ordinals, positions, n, draw=self.draw)
+    def _key_of(self, purpose: str) -> int:
+        return self.key if purpose == "latent" else random.fold_key(self.key, purpose)
+
+    def noised_tokens(
+        self,
+        tokens: Tensor,
+        mask_id: int,
+        *,
+        mask_probability: Tensor | float = 0.0,
+        uniform_probability: Tensor | None = None,
+        num_tokens: int = 0,
+        keep: Tensor | None = None,
+        word: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """x_t [B, L] and where it is masked (bool), from tokens [B, L] and probabilities float64 [B].
+
+        A token is masked where the uniform of `word` is below the mask's probability, replaced by any of the
+        `num_tokens` real ones where it is in the next interval, and left above and where `keep` (bool [B, L]) says so.
+        The bounds are rounded once to float32, as the uniforms are: the same decision on every device.
+        """
+        noise_below = None if uniform_probability is None else (mask_probability + uniform_probability).float()
+        made = joint_noising(
+            tokens,
+            None,
+            self.key,
+            self.ordinals,
+            torch.arange(tokens.shape[1], device=self.ordinals.device),
+            mask_below=mask_probability.float() if isinstance(mask_probability, Tensor) else None,
+            noise_below=noise_below,
+            mask_id=mask_id,
+            num_tokens=num_tokens,
+            keep=keep,
+            word=word,
+            draw=self.draw,
+        )
+        return made.tokens, made.kind == MASKED
+
+    def noised_latents(self, clean: Tensor, alpha: Tensor, sigma: Tensor, *, purpose: str = "latent") -> Tensor:
+        """alpha z + sigma eps, float32 [B, L, D], with the normals of `purpose`; coefficients [B] or [B, L] are rounded
+        once to float32 and each product on its own. Differentiable in all three."""
+        positions = torch.arange(clean.shape[1], device=self.ordinals.device)
+        key = self._key_of(purpose)
+        made = joint_noising(None, clean, key, self.ordinals, positions, alpha=alpha, sigma=sigma, draw=self.draw)
+        return made.latents
 
     def gumbels(self, num_positions: int, num_channels: int) -> Tensor:
         """Standard Gumbel variables, float64 [B, L, channels]."""

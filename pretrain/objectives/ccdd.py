@@ -21,8 +21,8 @@ from braid.data_pipeline.tokenizers import Tokenizer
 from braid.parallel.layers import ALONE, Region
 from braid.pretrain.config.objectives.ccdd import CCDDConfig
 from braid.pretrain.config.schema import Config, ModelConfig
-from braid.pretrain.diffusion.absorbing import mask_tokens, masked_cross_entropy
-from braid.pretrain.diffusion.gaussian import noised, posterior_mean, reconstruction_nats
+from braid.pretrain.diffusion.absorbing import masked_cross_entropy
+from braid.pretrain.diffusion.gaussian import posterior_mean, reconstruction_nats
 from braid.pretrain.diffusion.schedules import GaussianSchedule, LogLinear, continuous_weight
 from braid.pretrain.diffusion.times import BOUND_TIME_MIN, log_uniform_mixture, second_strata, to_range
 from braid.pretrain.model.blocks import DropoutKey
@@ -143,8 +143,8 @@ class CCDD(Objective):
 
     def _masked(self, batch: Batch, noise: Noise, times: Tensor) -> tuple[Tensor, Tensor]:
         """x_t, and where it is masked."""
-        uniforms = noise.uniforms(batch.tokens.shape[1])
-        return mask_tokens(batch.tokens, uniforms, 1 - SURVIVAL.alpha(times), self.mask_id, keep=batch.condition)
+        probability = 1 - SURVIVAL.alpha(times)
+        return noise.noised_tokens(batch.tokens, self.mask_id, mask_probability=probability, keep=batch.condition)
 
     def _clean(self, batch: Batch) -> Tensor:
         """E(x), the representations of the whole text."""
@@ -157,8 +157,7 @@ class CCDD(Objective):
         return torch.where(batch.condition[..., None], self.encoder.encode(batch.tokens, ~batch.condition), latents)
 
     def _noised(self, latents: Tensor, noise: Noise, times: Tensor) -> Tensor:
-        eps = noise.normals(latents.shape[1], latents.shape[2])
-        return noised(latents, eps, self.schedule.alpha(times), self.schedule.sigma(times))
+        return noise.noised_latents(latents, self.schedule.alpha(times), self.schedule.sigma(times))
 
     def token_weight(self, times: Tensor) -> Tensor:
         """Training weight of a masked token's cross-entropy; float64."""

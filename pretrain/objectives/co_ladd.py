@@ -22,7 +22,6 @@ from braid.data_pipeline.tokenizers import Tokenizer
 from braid.kernels.random import fold_key
 from braid.parallel.layers import ALONE, Region
 from braid.pretrain.config.schema import Config
-from braid.pretrain.diffusion.gaussian import noised
 from braid.pretrain.diffusion.ladd import LatentSchedule, bound_times, shifted_times
 from braid.pretrain.diffusion.times import BOUND_TIME_MIN, second_strata, to_range
 from braid.pretrain.model.blocks import DropoutKey
@@ -155,7 +154,7 @@ class CoLADD(LADD):
         """y_t for y_0 ~ N(clean, sigma^2 I): one Gaussian of both noises."""
         alpha = self.schedule.alpha(times)
         deviation = torch.sqrt(self.schedule.sigma(times).square() + (alpha * sigma).square())
-        return noised(clean, noise.normals(*clean.shape[1:], purpose=purpose), alpha, deviation)
+        return noise.noised_latents(clean, alpha, deviation, purpose=purpose)
 
     def loss(self, prediction: SlotPrediction, corrupted: CoCorrupted) -> LossTerms:
         """Sums over positions: a sequence's mean squared error stands at each of its positions."""

@@ -21,7 +21,7 @@ from braid.data_pipeline.tokenizers import Tokenizer
 from braid.kernels.random import fold_key
 from braid.parallel.layers import ALONE, Region
 from braid.pretrain.config.schema import Config
-from braid.pretrain.diffusion.absorbing import mask_tokens, masked_cross_entropy
+from braid.pretrain.diffusion.absorbing import masked_cross_entropy
 from braid.pretrain.diffusion.gumbel import temperature
 from braid.pretrain.diffusion.ladd import Survival
 from braid.pretrain.diffusion.times import BOUND_TIME_MIN, second_strata, to_range
@@ -116,9 +116,8 @@ class DiLADD(LADD):
 
     def mask_codes(self, codes_BS: Tensor, noise: Noise, times: Tensor, survival: Survival) -> Tensor:
         """Where the codes are masked, bool [B, S]."""
-        uniforms = noise.uniforms(codes_BS.shape[1], word=CODE_WORD)
-        kept = torch.zeros_like(codes_BS, dtype=torch.bool)
-        return mask_tokens(codes_BS, uniforms, survival.masked(times), self.mask_code, keep=kept)[1]
+        probability = survival.masked(times)
+        return noise.noised_tokens(codes_BS, self.mask_code, mask_probability=probability, word=CODE_WORD)[1]
 
     def shown(self, vectors_BSD: Tensor, masked_BS: Tensor) -> Tensor:
         """What the network sees in the slots."""

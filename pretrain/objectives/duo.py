@@ -14,7 +14,7 @@ from braid.parallel.layers import ALONE, Region
 from braid.pretrain.config.schema import Config
 from braid.pretrain.diffusion.duality import soft_tokens, token_survival
 from braid.pretrain.diffusion.times import BOUND_TIME_MIN, to_range
-from braid.pretrain.diffusion.uniform import decoding_nats, in_float64, replace_tokens, skip_mask, uniform_nats
+from braid.pretrain.diffusion.uniform import decoding_nats, in_float64, uniform_nats
 from braid.pretrain.model.backbone import Backbone, Prediction
 from braid.pretrain.model.encoders import Encoder
 from braid.pretrain.model.network import Network
@@ -80,8 +80,9 @@ class Duo(Objective):
     def _corrupt(self, batch: Batch, noise: Noise, times: Tensor) -> DuoCorrupted:
         """The discrete process at `times`; `speed` is that of training."""
         length = batch.tokens.shape[1]
-        replacements = skip_mask(noise.integers(length, self.num_tokens), self.mask_id)
-        noised = replace_tokens(batch.tokens, noise.uniforms(length), replacements, times, keep=batch.condition)
+        noised, _ = noise.noised_tokens(
+            batch.tokens, self.mask_id, uniform_probability=times, num_tokens=self.num_tokens, keep=batch.condition
+        )
         return DuoCorrupted(
             tokens=noised,
             noised=noised,

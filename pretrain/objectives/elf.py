@@ -27,7 +27,7 @@ from braid.pretrain.config.schema import Config
 from braid.pretrain.diffusion.flow import (
     guidance_scales,
     guided_target,
-    interpolate,
+    interpolation,
     logit_normal,
     logit_normal_density,
     velocity_weight,
@@ -144,9 +144,9 @@ class ELF(Objective):
         its own share of clean latent, `shares` [B, L], and the noise another scale."""
         config = self.config
         tau = logit_normal(noise.strata, config.time_mean, config.time_std)
-        eps = noise.normals(*clean.shape[1:])
+        share = torch.where(decode[:, None], shares, tau[:, None])
         scale = torch.where(decode, config.decode_noise_scale, config.noise_scale).double()
-        z = interpolate(clean, eps, torch.where(decode[:, None], shares, tau[:, None]), scale[:, None])
+        z = noise.noised_latents(clean, *interpolation(share, scale[:, None]))
         told = torch.where(decode, 1.0, tau)
         return FlowCorrupted(
             targets=batch.tokens,

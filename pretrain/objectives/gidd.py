@@ -11,9 +11,9 @@ from braid.data_pipeline.loader import Batch
 from braid.data_pipeline.tokenizers import Tokenizer
 from braid.parallel.layers import ALONE, Region
 from braid.pretrain.config.schema import Config
-from braid.pretrain.diffusion.hybrid import Hybrid, hybrid_tokens
+from braid.pretrain.diffusion.hybrid import Hybrid
 from braid.pretrain.diffusion.times import to_range
-from braid.pretrain.diffusion.uniform import in_float64, skip_mask
+from braid.pretrain.diffusion.uniform import in_float64
 from braid.pretrain.model.backbone import Backbone, Prediction
 from braid.pretrain.model.encoders import Encoder
 from braid.pretrain.model.network import Network
@@ -52,13 +52,12 @@ class GIDD(Objective):
 
     def _corrupt(self, batch: Batch, noise: Noise, times: Tensor) -> TokenCorrupted:
         length, process = batch.tokens.shape[1], self.process
-        tokens = hybrid_tokens(
+        tokens, _ = noise.noised_tokens(
             batch.tokens,
-            noise.uniforms(length),
-            skip_mask(noise.integers(length, process.num_tokens), self.mask_id),
-            process.mask_probability(times),
-            process.num_tokens * process.noise(times),
             self.mask_id,
+            mask_probability=process.mask_probability(times),
+            uniform_probability=process.num_tokens * process.noise(times),
+            num_tokens=process.num_tokens,
             keep=batch.condition,
         )
         return TokenCorrupted(

@@ -24,7 +24,7 @@ from braid.kernels.random import fold_key
 from braid.parallel.context import UNDIVIDED
 from braid.parallel.layers import Region
 from braid.pretrain.config.schema import Config
-from braid.pretrain.diffusion.absorbing import mask_tokens, masked_cross_entropy
+from braid.pretrain.diffusion.absorbing import masked_cross_entropy
 from braid.pretrain.diffusion.ladd import Survival, independence_nats, warmup_factor
 from braid.pretrain.model.blocks import DropoutKey
 from braid.pretrain.model.encoders import Encoder
@@ -110,8 +110,8 @@ class LADD(Objective):
 
     def mask_text(self, batch: Batch, noise: Noise, times: Tensor, survival: Survival) -> tuple[Tensor, Tensor]:
         """x_t and where it is masked, [B, L] each."""
-        uniforms = noise.uniforms(batch.tokens.shape[1])
-        return mask_tokens(batch.tokens, uniforms, survival.masked(times), self.mask_id, keep=batch.condition)
+        probability = survival.masked(times)
+        return noise.noised_tokens(batch.tokens, self.mask_id, mask_probability=probability, keep=batch.condition)
 
     def mask_all(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """x_1: every token masked but the given ones."""

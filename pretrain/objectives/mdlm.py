@@ -9,7 +9,7 @@ from braid.data_pipeline.loader import Batch
 from braid.data_pipeline.tokenizers import Tokenizer
 from braid.parallel.layers import ALONE, Region
 from braid.pretrain.config.schema import Config
-from braid.pretrain.diffusion.absorbing import mask_tokens, masked_cross_entropy
+from braid.pretrain.diffusion.absorbing import masked_cross_entropy
 from braid.pretrain.diffusion.schedules import LogLinear
 from braid.pretrain.diffusion.times import BOUND_TIME_MIN, to_range
 from braid.pretrain.model.backbone import Backbone, Prediction
@@ -34,8 +34,9 @@ class MDLM(Objective):
     def _corrupt(self, batch: Batch, noise: Noise, schedule: LogLinear, time_min: float) -> TokenCorrupted:
         times = to_range(noise.strata, time_min)
         length = batch.tokens.shape[1]
-        tokens, masked = mask_tokens(
-            batch.tokens, noise.uniforms(length), 1 - schedule.alpha(times), self.mask_id, keep=batch.condition
+        probability = 1 - schedule.alpha(times)
+        tokens, masked = noise.noised_tokens(
+            batch.tokens, self.mask_id, mask_probability=probability, keep=batch.condition
         )
         return TokenCorrupted(
             tokens=tokens,

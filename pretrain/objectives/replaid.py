@@ -31,7 +31,6 @@ from braid.parallel.layers import ALONE, Region
 from braid.pretrain.config.objectives.replaid import RePlaidConfig
 from braid.pretrain.config.schema import Config
 from braid.pretrain.diffusion import gamma as process
-from braid.pretrain.diffusion.gaussian import noised
 from braid.pretrain.diffusion.learned_schedule import Schedule
 from braid.pretrain.model.blocks import DropoutKey
 from braid.pretrain.model.embedding_network import EmbeddingNetwork
@@ -152,8 +151,7 @@ class RePlaid(Objective):
         gamma = _constant_where(frozen, self.schedule.gamma(torch.where(times > 0, g, 0.0)))
         table = self.network.embedding()
         clean = _constant_where(frozen[:, None, None], F.embedding(batch.tokens, table))
-        eps = noise.normals(length, clean.shape[-1], purpose=purpose)
-        z = noised(clean, eps, process.alpha(gamma), process.sigma(gamma))
+        z = noise.noised_latents(clean, process.alpha(gamma), process.sigma(gamma), purpose=purpose)
         return RePlaidCorrupted(
             targets=batch.tokens,
             loss_mask=batch.loss_mask,

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from braid.kernels.sampling_eager import log_posterior
-from braid.pretrain.diffusion.absorbing import mask_tokens, masked_cross_entropy
-from braid.pretrain.diffusion.hybrid import Hybrid, hybrid_tokens
+from braid.pretrain.diffusion.absorbing import masked_cross_entropy
+from braid.pretrain.diffusion.hybrid import Hybrid
 
 from .chains import Chain, places, random_laws
 
@@ -34,24 +34,6 @@ def test_marginals(t, p_uniform, gamma):
     assert float(hybrid.noise(at(t))) == pytest.approx(float(noise[0]), rel=1e-12)
     if t == 0.5:
         assert K * float(hybrid.noise(at(t))) == pytest.approx(p_uniform, rel=1e-12, abs=1e-15)
-
-
-@pytest.mark.parametrize("p_uniform, gamma", PROCESSES)
-def test_noising_has_the_marginals(p_uniform, gamma):
-    """Uniforms on a fine grid: the share of each outcome is its probability, given tokens stay."""
-    hybrid, chain = pair(p_uniform, gamma)
-    n, t = 50_000, 0.37
-    uniforms = ((torch.arange(n) + 0.5) / n)[None]
-    replacements = torch.tensor([0, 1, 3, 4, 5]).repeat(n // K)[None]
-    tokens, keep = torch.full((1, n), 4), torch.zeros(1, n, dtype=torch.bool)
-    arguments = (tokens, uniforms, replacements, hybrid.mask_probability(at(t)), K * hybrid.noise(at(t)), MASK)
-    noised = hybrid_tokens(*arguments, keep=keep)
-    share = torch.bincount(noised[0], minlength=K + 1) / n
-    assert torch.allclose(share.double(), chain.marginal(t)[4], atol=3 / n)
-    assert torch.equal(hybrid_tokens(*arguments, keep=~keep), tokens)
-    if p_uniform == 0:
-        expected, _ = mask_tokens(tokens, uniforms, at(t), MASK, keep=keep)
-        assert torch.equal(noised, expected)
 
 
 def index_form(hybrid: Hybrid, law: torch.Tensor, t: float, i: int, m: int) -> tuple[float, float]:

@@ -11,7 +11,6 @@ from braid.kernels.sampling_eager import log_posterior
 from braid.pretrain.diffusion.uniform import (
     decoding_nats,
     marginal_divergences,
-    replace_tokens,
     reverse_step,
     skip_mask,
     uniform_nats,
@@ -27,15 +26,6 @@ K = 5
 def test_integers_become_the_ids_that_are_not_the_mask(mask_id):
     expected = [token for token in range(6) if token != mask_id]
     assert skip_mask(torch.arange(5), mask_id).tolist() == expected
-
-
-def test_tokens_are_replaced_below_the_probability():
-    tokens = torch.tensor([[0, 1, 3, 4], [0, 1, 3, 4]])
-    uniforms = torch.tensor([[0.29, 0.31, 0.0, 0.0], [0.29, 0.31, 0.61, 0.0]])
-    keep = torch.tensor([[False, False, False, True], [False, False, False, True]])
-    probability = torch.tensor([0.3, 0.6], dtype=torch.float64)
-    noised = replace_tokens(tokens, uniforms, torch.full_like(tokens, 5), probability, keep=keep)
-    assert noised.tolist() == [[5, 1, 5, 4], [5, 5, 3, 4]]
 
 
 def every_place(law: torch.Tensor, t: float, chain: Chain = CHAIN, dtype=torch.float64):

@@ -28,7 +28,7 @@ from braid.pretrain.objectives.di_ladd import CODE_WORD, DiLADD
 from braid.pretrain.objectives.ladd import LADD
 
 from .conftest import BOS, EOS, MASK, MODEL, VOCAB
-from .references import Network, toy_law
+from .references import GivenDraws, Network, toy_law
 
 LATENT_DIM, NUM_SLOTS, CODEBOOK_SIZE = 4, 5, 8
 IDS = {"mask_id": MASK, "bos_id": BOS, "eos_id": EOS}
@@ -177,7 +177,7 @@ class BlindDenoiser(torch.nn.Module):
 
 
 @dataclass(frozen=True)
-class ToyNoise(Noise):
+class ToyNoise(GivenDraws):
     """Given uniforms of the tokens [B, 2] and of the code [B, 1], and a given normal [B] for the latent."""
 
     token_uniforms: torch.Tensor = None

@@ -19,7 +19,7 @@ from braid.pretrain.objectives.duo import Duo
 from braid.pretrain.objectives.gidd import GIDD
 
 from ..diffusion.chains import Chain
-from .references import Network
+from .references import GivenDraws, Network
 
 CLASSES = {"duo": (Duo, DuoConfig), "gidd": (GIDD, GIDDConfig)}
 MODEL = ModelConfig(width=32, num_layers=2, num_heads=2, cond_dim=16)
@@ -93,7 +93,7 @@ class SoftTable(Network):
 
 
 @dataclass(frozen=True)
-class Wanted(Noise):
+class Wanted(GivenDraws):
     """Noise that makes x_t what is `wanted` [B, L] of `clean` tokens [B, L], at any time where that can happen."""
 
     chain: Chain = None

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from braid.kernels import random
+from braid.kernels.random import Stream
 from braid.parallel.layers import ALONE
 from braid.parallel.vocabulary import Vocabulary
+from braid.pretrain.diffusion.gaussian import noised
 from braid.pretrain.model.backbone import Prediction
 from braid.pretrain.model.joint import JointPrediction
 from braid.pretrain.objectives.base import Noise
@@ -23,6 +26,12 @@ def float64_nats(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     clean = torch.cat([logits[..., :MASK], logits[..., MASK + 1 :]], -1)
     assert targets.max() < MASK
     return torch.logsumexp(clean, -1) - logits.gather(-1, targets[..., None]).squeeze(-1)
+
+
+def replacements(noise: Noise, num_positions: int, n: int) -> torch.Tensor:
+    """The draws in [0, n) that replace corrupted tokens, int64 [B, L]."""
+    positions = torch.arange(num_positions)
+    return random.integers(noise.key, Stream.TOKEN, noise.ordinals, positions, n, draw=noise.draw)
 
 
 def toy_law(length: int, vocabulary: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,8 +78,31 @@ class SameAnswer(Network):
         return JointPrediction(self.logits.expand(*tokens.shape, -1), torch.zeros(*tokens.shape, self.latent_dim))
 
 
+class GivenDraws(Noise):
+    """Noise whose `uniforms`, `integers` or `normals` a subclass gives: corruption written out with them."""
+
+    def integers(self, num_positions: int, n: int) -> torch.Tensor:
+        return replacements(self, num_positions, n)
+
+    def noised_tokens(
+        self, tokens, mask_id, *, mask_probability=0.0, uniform_probability=0.0, num_tokens=0, keep=None, word=0
+    ):
+        u = self.uniforms(tokens.shape[1], word=word)
+        p, q = (torch.as_tensor(x, dtype=torch.float64).expand(len(u)) for x in (mask_probability, uniform_probability))
+        free = torch.ones_like(tokens, dtype=torch.bool) if keep is None else ~keep
+        masked = (u < p.float()[:, None]) & free
+        noised = tokens
+        if num_tokens:
+            drawn = self.integers(tokens.shape[1], num_tokens)
+            noised = torch.where((u < (p + q).float()[:, None]) & free, drawn + (drawn >= mask_id), tokens)
+        return torch.where(masked, mask_id, noised), masked
+
+    def noised_latents(self, clean, alpha, sigma, *, purpose="latent"):
+        return noised(clean, self.normals(*clean.shape[1:], purpose=purpose), alpha, sigma)
+
+
 @dataclass(frozen=True)
-class GivenNoise(Noise):
+class GivenNoise(GivenDraws):
     """Noise whose token uniforms are `given` [B, L]."""
 
     given: torch.Tensor = None

@@ -18,7 +18,7 @@ from braid.pretrain.objectives.duo import DuoCorrupted
 
 from ..diffusion.chains import Chain
 from .noisy_oracles import Bayes, SoftTable, build, exact_figure, real_batch, rows
-from .references import toy_law
+from .references import replacements, toy_law
 
 CHAIN = Chain(vocab_size=9, mask_id=3)
 K = 8
@@ -74,7 +74,7 @@ def test_bound_and_published_figure_draw_by_draw():
     duo = build("duo", CHAIN)
     batch, noise = real_batch(CHAIN, 12, 10, padding=2), training_noise(12, "validation")
     figures = duo.evaluate(batch, noise)
-    u, position = noise.strata, torch.tensor(CHAIN.real)[noise.integers(10, K)]
+    u, position = noise.strata, torch.tensor(CHAIN.real)[replacements(noise, 10, K)]
 
     def density(times):
         noised = torch.where(noise.uniforms(10) < times.float()[:, None], position, batch.tokens)

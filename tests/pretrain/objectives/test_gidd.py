@@ -15,7 +15,7 @@ from braid.pretrain.objectives.mdlm import MDLM
 
 from ..diffusion.chains import Chain
 from .noisy_oracles import Bayes, SoftTable, build, exact_figure, real_batch, rows
-from .references import toy_law
+from .references import replacements, toy_law
 
 VOCAB, MASK, K = 9, 3, 8
 
@@ -114,7 +114,7 @@ def test_bound_and_published_figure_draw_by_draw():
     gidd = build("gidd", process)
     batch, noise = real_batch(process, 12, 10, padding=2), training_noise(12, "validation")
     figures = gidd.evaluate(batch, noise)
-    replacement = torch.tensor(process.real)[noise.integers(10, K)]
+    replacement = torch.tensor(process.real)[replacements(noise, 10, K)]
 
     def density(times):
         c = c_and_slope(process, times)[0]

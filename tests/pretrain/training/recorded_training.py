@@ -122,8 +122,14 @@ class RecordedNoise(Noise):
     def normals(self, *arguments, **options):
         return self._kept(super().normals(*arguments, **options))
 
-    def integers(self, *arguments):
-        return self._kept(super().integers(*arguments))
+    def noised_tokens(self, *arguments, **options):
+        made = super().noised_tokens(*arguments, **options)
+        self._kept(made[0])
+        return made
+
+    def noised_latents(self, clean, *coefficients, purpose="latent"):
+        self.normals(*clean.shape[1:], purpose=purpose)
+        return super().noised_latents(clean, *coefficients, purpose=purpose)
 
     def coins(self, which):
         return self._kept(super().coins(which))

@@ -1,0 +1,67 @@
+"""Joint noising against the same in plain torch operations, with torch's own random numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from braid.kernels import dispatch
+from braid.kernels.noising import joint_noising
+
+from .measure import ROUNDS, measure
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def run(
+    device: str = "cpu",
+    *,
+    rows: int = 8,
+    length: int = 1024,
+    channels: int = 768,
+    vocab: int = 50304,
+    rounds: int = ROUNDS,
+) -> dict[str, Any]:
+    """Median milliseconds of both, forward, for a table and z of each type; masks half the tokens."""
+    on, results = torch.device(device), []
+    generator = torch.Generator(on).manual_seed(0)
+    tokens = torch.randint(vocab - 1, (rows, length), device=on, generator=generator)
+    ordinals, positions = torch.arange(rows, device=on), torch.arange(length, device=on)
+    half, alpha, sigma = (torch.full((rows,), x, device=on) for x in (0.5, 0.8, 0.6))
+    for name, dtype in DTYPES.items():
+        table = torch.randn(vocab, channels, device=on, generator=generator).to(dtype)
+
+        def fused(table: Tensor = table, dtype: torch.dtype = dtype) -> object:
+            return joint_noising(
+                tokens, table, 1, ordinals, positions, mask_below=half, mask_id=vocab - 1, alpha=alpha, sigma=sigma,
+                dtype=dtype,
+            )  # fmt: skip
+
+        def eager(table: Tensor = table, dtype: torch.dtype = dtype) -> object:
+            masked = torch.rand(rows, length, device=on) < half[:, None]
+            noised = torch.where(masked, vocab - 1, tokens)
+            clean, eps = F.embedding(tokens, table), torch.randn(rows, length, channels, device=on, dtype=dtype)
+            return noised, alpha.to(dtype)[:, None, None] * clean + sigma.to(dtype)[:, None, None] * eps
+
+        seconds = measure({"eager": eager, "fused": fused}, on, rounds=rounds)
+        results.append(
+            {
+                "dtype": name,
+                "eager_ms": 1e3 * seconds["eager"],
+                "fused_ms": 1e3 * seconds["fused"],
+                "speedup": seconds["eager"] / seconds["fused"],
+            }
+        )
+    choice = dispatch.choose(on.type)
+    return {
+        "benchmark": "joint noising, forward",
+        "device": torch.cuda.get_device_name(on) if on.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "implementation": choice.name,
+        "shape": {"rows": rows, "length": length, "channels": channels, "vocab": vocab},
+        "rounds": rounds,
+        "results": results,
+    }
