@@ -3,6 +3,7 @@
 #   make demo         train, evaluate and sample small models on this machine
 #   make test         the tests that need neither minutes nor a GPU
 #   make test-all     all tests; those for a GPU are skipped where there is none
+#   make kernels      compile the fused kernels now, and not when they are first used
 #   make parity       every system under every parallel layout beside one process; the table is in parity.md
 #   make gpu-check    the tests for a GPU and the benchmarks on it, with their results in gpu-check.json
 #   make lint         ruff
@@ -27,7 +28,7 @@ ifdef PIP_EXTRA_INDEX_URL
 export PIP_EXTRA_INDEX_URL
 endif
 
-.PHONY: demo test test-all parity gpu-check lint clean
+.PHONY: demo test test-all kernels parity gpu-check lint clean
 
 demo: $(VENV)/core
 	$(VENV)/bin/braid demo
@@ -37,6 +38,9 @@ test: $(VENV)/test
 
 test-all: $(VENV)/test
 	$(PYTEST) $(PYTEST_ARGS)
+
+kernels: $(VENV)/core
+	$(VENV)/bin/python -m braid.kernels.library
 
 parity: $(VENV)/test
 	$(PYTEST) tests/parity --parity parity.md $(PYTEST_ARGS)

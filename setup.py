@@ -20,6 +20,8 @@ def packages() -> list[str]:
 EXTRAS = {
     "parquet": ["pyarrow>=15"],
     "hf": ["transformers>=4.45"],
+    # Comes with torch's CUDA build; beside the CPU build it is for the tests, which interpret and compile its kernels.
+    "kernels": ['triton>=3.4; platform_system == "Linux"'],
     "wandb": ["wandb>=0.17"],
     "eval": ["sacrebleu>=2.4", "rouge-score>=0.1.2"],
     # parallel/megatron_cpu.py knows the sources of 0.16 only. There are wheels for Linux and Python 3.10 to 3.13;

@@ -213,6 +213,13 @@ ENTRIES = (
         install="install a C++ compiler and Python's headers",
     ),
     _Entry(
+        "fused kernels",
+        "noise is drawn and added by these; BRAID_KERNELS=auto, compiled, triton or eager picks others",
+        "set BRAID_KERNELS=eager: noise is drawn by plain torch operations, slowly",
+        probes.fused_kernels,
+        install="install a C++ compiler and, for a GPU, an nvcc of torch's CUDA version",
+    ),
+    _Entry(
         "triton",
         "model.compile=true works on the GPU",
         "keep model.compile=false on a GPU",

@@ -1,6 +1,6 @@
 """Which implementation of a fused operation runs: the one place that decides.
 
-    compiled   the shared library (`library.py`); on CUDA without an nvcc, the same kernels through NVRTC (`nvrtc.py`)
+    compiled   the shared library (`library.py`); on CUDA without an nvcc, its kernels through NVRTC (`nvrtc.py`)
     triton     Triton's, on CUDA
     eager      plain torch operations, anywhere
 
@@ -12,6 +12,7 @@ tensors that their caller has made.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 from dataclasses import dataclass
@@ -20,18 +21,28 @@ from typing import Any
 
 import torch
 
-from braid.kernels import library
+from braid.kernels import library, nvrtc
 from braid.kernels.errors import BraidError
+from braid.kernels.toolchain import BuildError
 
 NAMES = ("auto", "compiled", "triton", "eager")
 
 MODULES = {
-    "normals": {"eager": "braid.kernels.random"},
-    "noising": {"eager": "braid.kernels.noising_eager"},
+    "normals": {
+        "nvrtc": "braid.kernels.noising_nvrtc",
+        "triton": "braid.kernels.noising_triton",
+        "eager": "braid.kernels.random",
+    },
+    "noising": {
+        "nvrtc": "braid.kernels.noising_nvrtc",
+        "triton": "braid.kernels.noising_triton",
+        "eager": "braid.kernels.noising_eager",
+    },
     "sampling": {"eager": "braid.kernels.sampling_eager"},
     "cross_entropy": {"triton": "braid.kernels.cross_entropy_triton", "eager": "braid.kernels.cross_entropy_eager"},
 }
-"""Operation -> implementation -> where its functions are; those of the library are in `torch.ops.braid`."""
+"""Operation -> implementation -> where its functions are; those of the library are in `torch.ops.braid`. What NVRTC's
+lack, Triton does where it works, else the eager implementation."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,8 @@ def _functions(operation: str, device_type: str) -> Any:
     if name == "compiled":
         return torch.ops.braid
     modules = MODULES[operation]
+    if name == "nvrtc" and "nvrtc" not in modules:
+        name = _triton(device_type).name
     return importlib.import_module(modules.get(name, modules["eager"]))
 
 
@@ -87,7 +100,13 @@ def _compiled(device_type: str) -> Choice:
     found = library.load()
     if found.loaded and (device_type == "cpu" or found.cuda):
         return Choice("compiled", found.found)
-    return Choice("eager", found.found)
+    if device_type == "cpu":
+        return Choice("eager", found.found)
+    try:
+        nvrtc.library()
+    except BuildError as error:
+        return Choice("eager", f"{found.found}; {error}")
+    return Choice("nvrtc", f"compiled when first used, for the library has no CUDA ({found.found})")
 
 
 def _triton(device_type: str) -> Choice:
@@ -95,4 +114,4 @@ def _triton(device_type: str) -> Choice:
         return Choice("eager", "it is for CUDA")
     if importlib.util.find_spec("triton") is None:
         return Choice("eager", "not installed")
-    return Choice("triton", "")
+    return Choice("triton", f"version {importlib.metadata.version('triton')}")

@@ -99,6 +99,25 @@ def compiler() -> str:
     return version.splitlines()[0] if version else compiler
 
 
+def fused_kernels() -> str:
+    """What `dispatch` picks, and whether it draws what NumPy draws."""
+    import numpy as np
+    import torch
+
+    from braid.kernels import dispatch, random, reference
+
+    wanted = reference.normal(3, [1 << 33], [5], 9, first_channel=2)
+    found = []
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        choice = dispatch.choose(device)
+        ordinals, position = torch.tensor([1 << 33], device=device), torch.tensor([5], device=device)
+        drawn = random.normal(3, ordinals, position, 9, first_channel=2).cpu().numpy()
+        if not np.array_equal(drawn.view(np.uint32), wanted.view(np.uint32)):
+            raise RuntimeError(f"the kernels of {device} ({choice.name}) do not draw the noise contract's bits")
+        found.append(f"{device}: {choice.name} ({choice.reason})")
+    return "; ".join(found)
+
+
 def triton() -> str:
     from triton.runtime import driver
 
