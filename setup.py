@@ -20,8 +20,6 @@ def packages() -> list[str]:
 EXTRAS = {
     "parquet": ["pyarrow>=15"],
     "hf": ["transformers>=4.45"],
-    # Comes with torch's CUDA build; beside the CPU build it is for the tests, which interpret and compile its kernels.
-    "kernels": ['triton>=3.4; platform_system == "Linux"'],
     "wandb": ["wandb>=0.17"],
     "eval": ["sacrebleu>=2.4", "rouge-score>=0.1.2"],
     # parallel/megatron_cpu.py knows the sources of 0.16 only. There are wheels for Linux and Python 3.10 to 3.13;
@@ -44,6 +42,8 @@ EXTRAS = {
 }
 TEST_TOOLS = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "setuptools>=77"]
 EXTRAS["test"] = [*TEST_TOOLS, *(package for extra in EXTRAS.values() for package in extra)]
+# Torch's CUDA build brings the version it wants; beside its CPU build tests interpret and compile the kernels with it.
+EXTRAS["kernels"] = ['triton>=3.4; platform_system == "Linux"']
 
 setup(
     name="braid-lm",
