@@ -11,7 +11,7 @@ from torch import Tensor
 from braid.kernels import dispatch
 from braid.kernels.noising import joint_noising
 
-from .measure import ROUNDS, measure
+from .measure import as_json, interleaved, machine
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -23,10 +23,10 @@ def run(
     length: int = 1024,
     channels: int = 768,
     vocab: int = 50304,
-    rounds: int = ROUNDS,
+    rounds: int = 20,
 ) -> dict[str, Any]:
-    """Median milliseconds of both, forward, for a table and z of each type; masks half the tokens."""
-    on, results = torch.device(device), []
+    """Timings of both, forward, for a table and z of each type; masks half the tokens."""
+    on, results = torch.device(device), {}
     generator = torch.Generator(on).manual_seed(0)
     tokens = torch.randint(vocab - 1, (rows, length), device=on, generator=generator)
     ordinals, positions = torch.arange(rows, device=on), torch.arange(length, device=on)
@@ -46,22 +46,12 @@ def run(
             clean, eps = F.embedding(tokens, table), torch.randn(rows, length, channels, device=on, dtype=dtype)
             return noised, alpha.to(dtype)[:, None, None] * clean + sigma.to(dtype)[:, None, None] * eps
 
-        seconds = measure({"eager": eager, "fused": fused}, on, rounds=rounds)
-        results.append(
-            {
-                "dtype": name,
-                "eager_ms": 1e3 * seconds["eager"],
-                "fused_ms": 1e3 * seconds["fused"],
-                "speedup": seconds["eager"] / seconds["fused"],
-            }
-        )
-    choice = dispatch.choose(on.type)
+        timings = interleaved({"eager": eager, "fused": fused}, on, rounds=rounds)
+        speedup = timings["eager"].median_ms / timings["fused"].median_ms
+        results[name] = as_json(timings) | {"speedup": speedup}
     return {
-        "benchmark": "joint noising, forward",
-        "device": torch.cuda.get_device_name(on) if on.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "implementation": choice.name,
+        "machine": machine(on),
+        "implementation": dispatch.choose(on.type).name,
         "shape": {"rows": rows, "length": length, "channels": channels, "vocab": vocab},
-        "rounds": rounds,
         "results": results,
     }
