@@ -100,11 +100,11 @@ def noising_kernel(
             if keep is not None:
                 free = tl.load(keep + i) == 0
             if noise_below is not None:
-                drawn = (tl.sum(w1.to(tl.uint64)).to(tl.int64) * num_tokens) >> 32
-                drawn += (drawn >= mask_id).to(tl.int64)
+                replacement = (tl.sum(w1.to(tl.uint64)).to(tl.int64) * num_tokens) >> 32
+                replacement += (replacement >= mask_id).to(tl.int64)
                 threshold = tl.load(noise_below + row * noise_below_row + column * noise_below_column)
                 hit = (u < threshold) & free
-                noised = tl.where(hit, drawn, noised)
+                noised = tl.where(hit, replacement, noised)
                 kind = tl.where(hit, 2, kind)
             if mask_below is not None:
                 hit = (u < tl.load(mask_below + row * mask_below_row + column * mask_below_column)) & free
