@@ -1,8 +1,17 @@
-"""Packaging of Braid: the top-level folders are the sub-packages of the namespace package `braid`."""
+"""Packaging of Braid: the top-level folders are the sub-packages of the namespace package `braid`.
 
+The wheel is pure Python and compiles its kernels when they are first used. With BRAID_BUILD_KERNELS=1 it holds them
+compiled: `BRAID_BUILD_KERNELS=1 pip install --no-build-isolation .`, against the torch that is installed.
+"""
+
+import os
+import sys
+import tempfile
+from importlib import util
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 FOLDERS = ("pretrain", "parallel", "data_pipeline", "kernels", "launch")
@@ -45,6 +54,40 @@ EXTRAS["test"] = [*TEST_TOOLS, *(package for extra in EXTRAS.values() for packag
 # Torch's CUDA build brings the version it wants; beside its CPU build tests interpret and compile the kernels with it.
 EXTRAS["kernels"] = ['triton>=3.4; platform_system == "Linux"']
 
+
+def compile_kernels(folder: Path) -> None:
+    """Put the compiled library into `folder`."""
+    spec = util.spec_from_file_location("toolchain", HERE / "kernels" / "toolchain.py")
+    toolchain = sys.modules["toolchain"] = util.module_from_spec(spec)
+    spec.loader.exec_module(toolchain)
+    tools = toolchain.find()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as objects:
+        toolchain.build(tools, folder / toolchain.packaged_name(bool(tools.nvcc)), Path(objects))
+
+
+def commands() -> dict[str, type]:
+    """For a wheel with compiled kernels: of this platform, and of every Python."""
+    if os.environ.get("BRAID_BUILD_KERNELS") != "1":
+        return {}
+    from setuptools.command.bdist_wheel import bdist_wheel
+
+    class BuildWithKernels(build_py):
+        def run(self) -> None:
+            super().run()
+            compile_kernels(Path(self.build_lib, "braid", "kernels", "compiled"))
+
+    class PlatformWheel(bdist_wheel):
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            self.root_is_pure = False
+
+        def get_tag(self) -> tuple[str, str, str]:
+            return "py3", "none", super().get_tag()[2]
+
+    return {"build_py": BuildWithKernels, "bdist_wheel": PlatformWheel}
+
+
 setup(
     name="braid-lm",
     version="0.1.0",
@@ -74,5 +117,6 @@ setup(
         "matplotlib>=3.8",
     ],
     extras_require=EXTRAS,
+    cmdclass=commands(),
     entry_points={"console_scripts": ["braid = braid.launch.cli:main"]},
 )

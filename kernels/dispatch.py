@@ -78,6 +78,8 @@ def choose(device_type: str) -> Choice:
         raise BraidError("BRAID_KERNELS is unknown", found=asked, change=f"use one of {', '.join(NAMES)}")
     if asked == "eager":
         return Choice("eager", "BRAID_KERNELS=eager")
+    if asked == "triton" and device_type != "cuda":
+        return Choice("eager", "BRAID_KERNELS=triton is for CUDA")
     missing = []
     for name, available in (("compiled", _compiled), ("triton", _triton)):
         if asked in ("auto", name):

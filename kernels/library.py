@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import logging
 import os
 import shutil
@@ -73,8 +72,9 @@ def load() -> Library:
 def _find_or_build() -> tuple[Path, str, bool]:
     if not sys.platform.startswith("linux"):
         raise BuildError(f"compiled kernels are for Linux, this is {sys.platform}")
-    for path in PACKAGED.glob(f"braid-{packaged_key()}-*.so"):
-        return path, "packaged", path.stem.endswith("-cuda")
+    for with_cuda in (True, False):
+        if (path := PACKAGED / toolchain.packaged_name(with_cuda)).exists():
+            return path, "packaged", with_cuda
     tools = toolchain.find()
     what = f"{tools.compiler_version}"
     what += f"; {tools.nvcc_version}, sm_{', sm_'.join(map(str, tools.architectures))}" if tools.nvcc else ""
@@ -91,11 +91,6 @@ def cache_folder() -> Path:
     if named := os.environ.get("BRAID_KERNELS_CACHE"):
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "braid" / "kernels"
-
-
-def packaged_key() -> str:
-    """A packaged library is used by any torch its ABI allows, but only with the sources it was made of."""
-    return hashlib.sha256(toolchain.sources_hash().encode()).hexdigest()[:16]
 
 
 def _build_into_cache(tools: Toolchain, path: Path) -> None:

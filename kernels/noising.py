@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from braid.kernels import dispatch
-from braid.kernels.normals import LIBRARY, as_key
+from braid.kernels.normals import LIBRARY, as_key, near
 from braid.kernels.reference import MAX_BLOCKS, MAX_DRAWS
 
 PIECE = 128
@@ -104,6 +104,11 @@ def joint_noising(
     assert vectors is None or first_channel + vectors.shape[-1] <= 4 * MAX_BLOCKS, "block has 16 bits"
     assert noise_below is None or 0 < num_tokens < 1 << 31, "replacements need the number of tokens"
     per_position = (mask_below, noise_below, alpha, sigma, alpha_corrupted, sigma_corrupted)
+    given = (tokens, vectors, ordinals, positions, keep, weights_by_kind, *per_position)
+    assert len({x.device for x in given if x is not None}) == 1, "all tensors but the key belong on one device"
+    assert all(x is None or x.dtype == torch.int64 for x in (tokens, ordinals, positions))
+    assert keep is None or keep.dtype == torch.bool
+    assert weights_by_kind is None or weights_by_kind.dtype == torch.float32
     latents, noised_tokens, kind, eps, weights = torch.ops.braid.joint_noising(
         tokens,
         vectors,
@@ -182,7 +187,7 @@ def _forward(
     *others: object,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     thresholds_and_coefficients, numbers, (dtype, return_eps) = others[:6], others[6:12], others[12:]
-    inputs = (tokens, vectors, key, ordinals, positions, keep, weights_by_kind)
+    inputs = (tokens, vectors, near(key, ordinals.device), ordinals, positions, keep, weights_by_kind)
     outputs = _outputs(*inputs, dtype, return_eps)
     if any(output.numel() for output in outputs):
         places = tokens.shape if tokens is not None else vectors.shape[:2]
@@ -233,6 +238,7 @@ def _backward(
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of vectors, and for each position of the alpha and the sigma it had."""
+    key = near(key, vectors.device)
     inputs = (latents_gradient, sources, kind, vectors, key, ordinals, positions, alpha, alpha_corrupted)
     of_vectors, *of_coefficients = _gradients(*inputs, first_channel, draw, needed)
     of_table = order = partials = None

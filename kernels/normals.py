@@ -27,6 +27,11 @@ def as_key(key: int | Tensor) -> Tensor:
     return torch.tensor(key - (1 << 64) if key >> 63 else key, device="cpu")
 
 
+def near(key: Tensor, device: torch.device) -> Tensor:
+    """The key where kernels on `device` can read it: on the host, from where it goes by value, or there."""
+    return key if key.device.type == "cpu" else key.to(device)
+
+
 def as_int(key: Tensor) -> int:
     """The unsigned key of `as_key`."""
     return int(key) & (1 << 64) - 1
@@ -36,6 +41,7 @@ def _draw(key: Tensor, ordinals: Tensor, positions: Tensor, channels: int, first
     normals = _empty(key, ordinals, positions, channels, first_channel, draw)
     if normals.numel():
         functions = dispatch.functions("normals", ordinals.device)
+        key = near(key, ordinals.device)
         functions.normals_into(normals, key, ordinals.contiguous(), positions.contiguous(), first_channel, draw)
     return normals
 

@@ -3,7 +3,7 @@
 Host code is compiled once for each instruction set; device code by nvcc, where torch is built for CUDA and an nvcc of
 the same major version is found, for all architectures below that it knows, and as PTX for later ones. Every operation
 is a few files of its own (`X.h`, `X_host.h`, `X_host.cpp`, `X.cuh`, `X_cuda.h`, `X_cuda.cu`, `X_binding.cpp`), found by
-their names.
+their names. (setup.py loads this file by itself: it imports nothing else of Braid.)
 """
 
 from __future__ import annotations
@@ -162,6 +162,11 @@ def sources_hash() -> str:
         digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def packaged_name(with_cuda: bool) -> str:
+    """A packaged library's file. It is used by any torch its ABI allows, but only with the sources it was made of."""
+    return f"braid-{sources_hash()[:16]}-{'cuda' if with_cuda else 'cpu'}.so"
 
 
 def build(toolchain: Toolchain, library: Path, folder: Path) -> None:

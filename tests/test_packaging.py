@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -18,8 +19,11 @@ FOLDERS = ("pretrain", "parallel", "data_pipeline", "kernels", "launch")
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+def build_wheel(folder: Path, **environment: str) -> Path:
     """A wheel built from a copy of the sources, so that nothing is left in the repository or taken from old builds."""
-    folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
     for name in FOLDERS:
@@ -28,7 +32,7 @@ def wheel(tmp_path_factory) -> Path:
         shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     command = [*pip, "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", str(folder), str(source)]
-    subprocess.run(command, check=True, capture_output=True, cwd=folder)
+    subprocess.run(command, check=True, capture_output=True, cwd=folder, env=os.environ | environment)
     (built,) = folder.glob("*.whl")
     return built
 
@@ -101,3 +105,22 @@ def test_the_constraints_pin_what_we_depend_on():
     needed = {re.sub(r"[-_.]+", "-", name).lower() for name in re.findall(r'"([A-Za-z][\w.-]*)[><=]=', setup)}
     assert {"torch", "numpy", "pytest", "mosaicml-streaming"} <= known
     assert len(needed) > 15 and needed <= known, needed - known
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler")
+def test_a_wheel_with_compiled_kernels_needs_no_compiler(tmp_path):
+    wheel = build_wheel(tmp_path, BRAID_BUILD_KERNELS="1")
+    assert wheel.name.split("-", 2)[2].startswith("py3-none-linux_")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "unpacked")
+    (library,) = (tmp_path / "unpacked").rglob("compiled/braid-*.so")
+    package, site = library.parents[3], Path(importlib.util.find_spec("torch").origin).parents[1]
+    code = "from braid.kernels import library; print(library.load().path)"
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(package), str(site)]),
+        "PATH": "",
+        "BRAID_KERNELS_CACHE": str(tmp_path / "none"),
+    }
+    command = [sys.executable, "-S", "-P", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stdout == f"{library}\n", done.stderr

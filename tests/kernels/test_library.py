@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from braid.kernels import dispatch, library, toolchain
+from braid.kernels.errors import BraidError
 
 LOAD = "from braid.kernels import library; found = library.load(); print(found.loaded, found.found)"
 DRAW = (
@@ -138,15 +139,20 @@ def test_a_killed_builder_is_in_nobodys_way(tmp_path):
     assert finish(start(DRAW, **environment))[0].startswith("compiled ")
 
 
-@pytest.mark.parametrize("asked, message", [("fast", "BRAID_KERNELS is unknown"), ("triton", "cannot be used on cpu")])
-def test_what_cannot_be_had_is_an_error_for_users(monkeypatch, asked, message):
-    from braid.kernels.errors import BraidError
-
+@pytest.mark.parametrize(
+    "asked, device, message",
+    [("fast", "cpu", "BRAID_KERNELS is unknown"), ("compiled", "mps", "BRAID_KERNELS=compiled cannot be used on mps")],
+)
+def test_what_cannot_be_had_is_an_error_for_users(monkeypatch, asked, device, message):
     monkeypatch.setenv("BRAID_KERNELS", asked)
     with pytest.raises(BraidError, match=message):
-        dispatch.choose.__wrapped__("cpu")
+        dispatch.choose.__wrapped__(device)
 
 
-def test_eager_can_be_asked_for(monkeypatch):
+def test_implementations_can_be_asked_for(monkeypatch):
     monkeypatch.setenv("BRAID_KERNELS", "eager")
     assert dispatch.choose.__wrapped__("cpu") == dispatch.Choice("eager", "BRAID_KERNELS=eager")
+    monkeypatch.setenv("BRAID_KERNELS", "triton")
+    assert dispatch.choose.__wrapped__("cpu").name == "eager"
+    monkeypatch.setenv("BRAID_KERNELS", "auto")
+    assert dispatch.choose.__wrapped__("mps").name == "eager"
