@@ -38,8 +38,12 @@ MODULES = {
         "triton": "braid.kernels.noising_triton",
         "eager": "braid.kernels.noising_eager",
     },
-    "sampling": {"eager": "braid.kernels.sampling_eager"},
-    "cross_entropy": {"triton": "braid.kernels.cross_entropy_triton", "eager": "braid.kernels.cross_entropy_eager"},
+    "sampling": {"nvrtc": "braid.kernels.row_nvrtc", "eager": "braid.kernels.sampling_eager"},
+    "cross_entropy": {
+        "nvrtc": "braid.kernels.row_nvrtc",
+        "triton": "braid.kernels.cross_entropy_triton",
+        "eager": "braid.kernels.cross_entropy_eager",
+    },
 }
 """Operation -> implementation -> where its functions are; those of the library are in `torch.ops.braid`. What NVRTC's
 lack, Triton does where it works, else the eager implementation."""

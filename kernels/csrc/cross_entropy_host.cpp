@@ -5,13 +5,13 @@
 namespace braid {
 namespace {
 
-constexpr int LANES = 16;  // partial sums: a fixed order on every instruction set
+constexpr int SUMS = 16;  // partial sums: a fixed order on every instruction set
 
 template <class Logit>
 void statistics(const CrossEntropyArguments& a, int64_t row) {
   const Logit* logits = (const Logit*)a.logits + row * a.stride;
   float largest = LEAST;
-  double lanes[LANES] = {};
+  double lanes[SUMS] = {};
   alignas(64) float tile[TILE];
   for (int64_t start = 0; start < a.size; start += TILE) {
     if (start + TILE <= a.size) {
@@ -21,23 +21,23 @@ void statistics(const CrossEntropyArguments& a, int64_t row) {
     }
     finish(tile);
     if (a.left_out >= start && a.left_out < start + TILE) tile[a.left_out - start] = -infinity();
-    float highest[LANES];
-    for (int j = 0; j < LANES; ++j) highest[j] = tile[j];
-    for (int k = LANES; k < TILE; k += LANES)
-      for (int j = 0; j < LANES; ++j) highest[j] = tile[k + j] > highest[j] ? tile[k + j] : highest[j];
-    for (int j = 1; j < LANES; ++j) highest[0] = highest[j] > highest[0] ? highest[j] : highest[0];
+    float highest[SUMS];
+    for (int j = 0; j < SUMS; ++j) highest[j] = tile[j];
+    for (int k = SUMS; k < TILE; k += SUMS)
+      for (int j = 0; j < SUMS; ++j) highest[j] = tile[k + j] > highest[j] ? tile[k + j] : highest[j];
+    for (int j = 1; j < SUMS; ++j) highest[0] = highest[j] > highest[0] ? highest[j] : highest[0];
     if (highest[0] > largest) {
       const double shrink = exponential((double)largest - highest[0]);
-      for (int j = 0; j < LANES; ++j) lanes[j] *= shrink;
+      for (int j = 0; j < SUMS; ++j) lanes[j] *= shrink;
       largest = highest[0];
     }
     for (int j = 0; j < TILE; ++j) tile[j] = exponential(tile[j] - largest);
     finish(tile);
-    for (int k = 0; k < TILE; k += LANES)
-      for (int j = 0; j < LANES; ++j) lanes[j] += (double)tile[k + j];
+    for (int k = 0; k < TILE; k += SUMS)
+      for (int j = 0; j < SUMS; ++j) lanes[j] += (double)tile[k + j];
   }
   double total = 0;
-  for (int j = 0; j < LANES; ++j) total += lanes[j];
+  for (int j = 0; j < SUMS; ++j) total += lanes[j];
   a.largest[row] = largest;
   a.total[row] = total;
   const int64_t target = a.targets[row];

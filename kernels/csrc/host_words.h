@@ -1,48 +1,50 @@
-// Philox on the host, 32 blocks at a time, written so that compilers turn every loop into vector instructions.
+// Philox on the host, 16 blocks at a time.
 #pragma once
 
-#include "core.h"
+#include "host_vectors.h"
 
 namespace braid {
 namespace {
 
-constexpr int TILE_BLOCKS = 32;
-constexpr int TILE = 4 * TILE_BLOCKS;
+constexpr int TILE = 64;
+constexpr int TILE_VECTORS = TILE / 4 / WIDE_LANES;
 
-// Makes the compiler finish one loop before the next: merged ones are no longer vectorised.
+// Makes the compiler finish one loop before the next: merged ones are not turned into vector instructions.
 BRAID_FUNCTION void finish(const void* memory) { __asm__ volatile("" : : "r"(memory) : "memory"); }
 
-// The words of blocks first_block to first_block + TILE_BLOCKS.
+// The words of blocks first_block to first_block + TILE / 4. Counter words are the lower halves of 64-bit lanes, one lane
+// to a block; what is in the upper halves does not reach the lower ones.
 BRAID_FUNCTION void word_tile(uint32_t position, uint32_t stream, uint32_t first_block, uint32_t draw, int64_t ordinal,
-                              Key key, uint32_t* __restrict words) {
-  uint32_t c0[TILE_BLOCKS], c1[TILE_BLOCKS], c2[TILE_BLOCKS], c3[TILE_BLOCKS];
-  const uint32_t ordinal_low = (uint32_t)ordinal, ordinal_high = (uint32_t)((uint64_t)ordinal >> 32);
-  for (int i = 0; i < TILE_BLOCKS; ++i) {
-    c0[i] = position;
+                              Key key, uint32_t* words) {
+  Wide c0[TILE_VECTORS], c1[TILE_VECTORS], c2[TILE_VECTORS], c3[TILE_VECTORS];
+  for (int v = 0; v < TILE_VECTORS; ++v) {
     // Blocks past the last one belong to channels or tokens nobody asks for.
-    c1[i] = counter_word(stream, draw, (first_block + i) & 0xFFFFu);
-    c2[i] = ordinal_low;
-    c3[i] = ordinal_high;
+    for (int i = 0; i < WIDE_LANES; ++i)
+      c1[v][i] = counter_word(stream, draw, (first_block + v * WIDE_LANES + i) & 0xFFFFu);
+    c0[v] = Wide{} + (uint64_t)position;
+    c2[v] = Wide{} + (uint64_t)(uint32_t)ordinal;
+    c3[v] = Wide{} + ((uint64_t)ordinal >> 32);
   }
   for (int round = 0; round < NUM_ROUNDS; ++round) {
-    for (int i = 0; i < TILE_BLOCKS; ++i) {
-      const uint64_t p0 = (uint64_t)MULTIPLIER_0 * c0[i], p1 = (uint64_t)MULTIPLIER_1 * c2[i];
-      const uint32_t mixed0 = (uint32_t)(p1 >> 32) ^ c1[i] ^ key.low, mixed2 = (uint32_t)(p0 >> 32) ^ c3[i] ^ key.high;
-      c0[i] = mixed0;
-      c1[i] = (uint32_t)p1;
-      c2[i] = mixed2;
-      c3[i] = (uint32_t)p0;
+    for (int v = 0; v < TILE_VECTORS; ++v) {
+      const Wide p0 = multiply_lower(c0[v], MULTIPLIER_0), p1 = multiply_lower(c2[v], MULTIPLIER_1);
+      c0[v] = p1 >> 32 ^ c1[v] ^ (uint64_t)key.low;
+      c2[v] = p0 >> 32 ^ c3[v] ^ (uint64_t)key.high;
+      c1[v] = p1;
+      c3[v] = p0;
     }
     key.low += INCREMENT_0;
     key.high += INCREMENT_1;
   }
-  for (int i = 0; i < TILE_BLOCKS; ++i) {
-    words[4 * i] = c0[i];
-    words[4 * i + 1] = c1[i];
-    words[4 * i + 2] = c2[i];
-    words[4 * i + 3] = c3[i];
+  alignas(BYTES) uint64_t pairs[TILE / 2];
+  for (int v = 0; v < TILE_VECTORS; ++v) {
+    const Wide first = (c0[v] & 0xFFFFFFFFu) | c1[v] << 32, second = (c2[v] & 0xFFFFFFFFu) | c3[v] << 32;
+    for (int i = 0; i < WIDE_LANES; ++i) {
+      pairs[2 * (v * WIDE_LANES + i)] = first[i];
+      pairs[2 * (v * WIDE_LANES + i) + 1] = second[i];
+    }
   }
-  finish(words);
+  __builtin_memcpy(words, pairs, sizeof pairs);
 }
 
 }  // namespace

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from braid.kernels import arguments, toolchain
+from braid.kernels import arguments, row_arguments, toolchain
 
 EMULATOR = Path(__file__).parent / "emulator"
 
@@ -32,6 +32,12 @@ class Emulated:
 
     def noise_backward_into(self, *tensors_and_numbers: Tensor | int | None) -> None:
         self._launch("braid_launch_noising_backward", arguments.noising_backward(*tensors_and_numbers))
+
+    def sample_into(self, *tensors_and_numbers: Tensor | float | None) -> None:
+        self._launch("braid_launch_sampling", row_arguments.sampling(*tensors_and_numbers))
+
+    def cross_entropy_into(self, *tensors_and_numbers: Tensor | float) -> None:
+        self._launch("braid_launch_cross_entropy", row_arguments.cross_entropy(*tensors_and_numbers))
 
     def _launch(self, name: str, filled: ctypes.Structure) -> None:
         assert getattr(self.library, name)(ctypes.byref(filled), None) == 0

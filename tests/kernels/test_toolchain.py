@@ -31,6 +31,8 @@ KERNELS = [
     ("noising.cuh", "braid::noising_backward_kernel<braid::bfloat16, float, false, true>"),
     ("noising.cuh", "braid::table_pieces_kernel<float>"),
     ("noising.cuh", "braid::table_partials_kernel"),
+    ("sampling.cuh", "braid::sampling_kernel<float>"),
+    ("cross_entropy.cuh", "braid::cross_entropy_kernel<braid::bfloat16>"),
 ]
 
 

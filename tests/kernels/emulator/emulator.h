@@ -45,7 +45,7 @@ struct Fiber {
 inline ucontext_t scheduler;
 inline std::vector<Fiber> fibers;
 inline std::vector<char> stacks;
-inline std::vector<uint32_t> lanes;  // what each thread gives to a shuffle
+inline std::vector<uint64_t> lanes;  // what each thread gives to a shuffle
 inline std::function<void()> body;
 inline int current;
 
@@ -94,17 +94,23 @@ inline void __syncthreads() { braid::emulator::wait(&braid::emulator::Fiber::blo
 template <class T>
 T __shfl_xor_sync(uint32_t, T value, int distance) {
   using namespace braid::emulator;
-  static_assert(sizeof(T) == 4, "the emulator exchanges 32 bits");
+  static_assert(sizeof(T) <= 8, "the emulator exchanges 64 bits");
   const int me = current, first = me / WARP * WARP;
-  __builtin_memcpy(&lanes[me], &value, 4);
+  __builtin_memcpy(&lanes[me], &value, sizeof(T));
   wait(&Fiber::warp_barriers, first, first + WARP);
   T other;
-  __builtin_memcpy(&other, &lanes[me ^ distance], 4);
+  __builtin_memcpy(&other, &lanes[me ^ distance], sizeof(T));
   wait(&Fiber::warp_barriers, first, first + WARP);
   return other;
 }
-inline float atomicAdd(float* to, float value) {
-  const float before = *to;
+inline int __any_sync(uint32_t lanes, int predicate) {
+  for (int distance = braid::emulator::WARP / 2; distance; distance /= 2)
+    predicate |= __shfl_xor_sync(lanes, predicate, distance);
+  return predicate != 0;
+}
+template <class T>
+T atomicAdd(T* to, T value) {
+  const T before = *to;
   *to += value;
   return before;
 }
