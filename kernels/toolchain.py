@@ -98,7 +98,7 @@ class Toolchain:
         command = [self.compiler, "-shared", "-o", str(library), *map(str, objects), f"-L{torch_libraries}"]
         command += ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--as-needed"]
         if self.nvcc:
-            command += [f"-L{path}" for path in cuda_libraries(self.nvcc)]
+            command += [f"-L{folder}" for folder in cuda_libraries(self.nvcc)]
             command += ["-lcudart_static", "-lpthread", "-ldl", "-lrt"]
         return tuple(command)
 
@@ -143,10 +143,14 @@ def nvcc_flags(architectures: Sequence[int]) -> tuple[str, ...]:
     return ("-std=c++17", "-O3", "-Xcompiler", "-fPIC", "--threads", "0", *targets)
 
 
-def cuda_libraries(nvcc: str) -> list[Path]:
-    """Folders that may hold libcudart_static.a."""
-    root = Path(nvcc).resolve().parent.parent
-    return [path for path in (root / "lib64", root / "lib", root / "targets" / "x86_64-linux" / "lib") if path.is_dir()]
+@cache
+def cuda_libraries(nvcc: str) -> list[str]:
+    """Folders that may hold libcudart_static.a, by what nvcc would do: it may be a link or a script from elsewhere."""
+    told = subprocess.run((nvcc, "--dryrun", "-c", "nothing.cu"), capture_output=True, text=True).stderr
+    folders = re.findall(r'"-L([^"]+)"', told)
+    for root in re.findall(r"^#\$ TOP=(.+)$", told, re.MULTILINE):
+        folders += [os.path.join(root.strip(), name) for name in ("lib64", "lib")]
+    return [os.path.normpath(folder) for folder in folders]
 
 
 def nvcc_major(nvcc: str) -> str:
@@ -197,8 +201,9 @@ def _start(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
 
 
 def _complaint(command: Sequence[str], log: Path) -> str:
-    lines = log.read_text(errors="replace").splitlines()
-    error = next((line for line in lines if "error" in line), lines[-1] if lines else "it failed without a word")
+    lines = log.read_text(errors="replace").splitlines() or ["it failed without a word"]
+    told = [line for line in lines if "collect2" not in line]  # which says no more than that ld failed
+    error = next((line for line in told if "error" in line), (told or lines)[0])
     return f"{Path(command[0]).name}: {error.strip()[:300]}"
 
 
