@@ -37,6 +37,7 @@ EXTRAS = {
     # Comes as source. It must leave the accumulation of gradients to Megatron-core's schedules and add them up over
     # ranks (`managed_gradient_accumulation`, `gradient_allreduce_op`); older versions overlook what they do not know.
     "deepspeed": ["deepspeed>=0.19.8"],
+    "webdataset": ["webdataset>=1.0.2"],
     # What mosaicml-streaming needs at run time. The package itself is installed with --no-deps (see the Makefile): what
     # it declares would replace torch and bring torchvision.
     "mds": [

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from braid.data_pipeline.corpus import COLUMNS, write_rows_file
-from braid.data_pipeline.mds import MDSWriter, write_index
+from braid.data_pipeline.corpus import write_rows_file
+from braid.data_pipeline.formats import shard_writer, write_index
 from braid.data_pipeline.readers import Piece
 from braid.kernels.errors import InputError
 
@@ -38,9 +38,9 @@ class Mark(NamedTuple):
 class BlockWriter:
     """Packs the token ids of one split's pieces into rows of `row_tokens` and the rows into shards.
 
-    `records`: the journal's lines about this split; writing goes on after them. `on_shard` gets one new line per
-    finished shard. `keep_empty`: a document of no tokens is one too (half of a pair). `documents`, `num_bytes` and
-    `num_tokens` count what has been added.
+    `format`: one of `formats.FORMATS`. `records`: the journal's lines about this split; writing goes on after them.
+    `on_shard` gets one new line per finished shard. `keep_empty`: a document of no tokens is one too (half of a pair).
+    `documents`, `num_bytes` and `num_tokens` count what has been added.
     """
 
     def __init__(
@@ -48,13 +48,15 @@ class BlockWriter:
         folder: Path,
         dtype: np.dtype,
         *,
+        format: str,
         row_tokens: int,
         shard_bytes: int,
         records: list[dict],
         on_shard: Callable[[dict], None],
         keep_empty: bool = False,
     ) -> None:
-        self._folder, self.dtype, self._on_shard, self._keep_empty = folder, dtype, on_shard, keep_empty
+        self._folder, self._format, self.dtype = folder, format, dtype
+        self._on_shard, self._keep_empty = on_shard, keep_empty
         self._shards = [record["shard"] for record in records]
         self._rows = [tuple(row) for record in records for row in record["rows"]]
         self._num_recorded_rows = len(self._rows)
@@ -62,7 +64,7 @@ class BlockWriter:
         for path in folder.glob("shard.*"):  # finished or begun after the journal's last line
             if path.name not in known:
                 path.unlink()
-        self._writer = MDSWriter(folder, COLUMNS(dtype), shard_bytes=shard_bytes, first_shard=len(self._shards))
+        self._writer = shard_writer(format, folder, dtype, shard_bytes=shard_bytes, first_shard=len(self._shards))
         self._block = np.empty(row_tokens, dtype)
         self._filled = 0
         self._ends: list[int] = []
@@ -102,7 +104,7 @@ class BlockWriter:
             self._write_row()
         self._row_mark = Mark(AFTER_ALL, 0, self.documents, self.num_bytes)
         self._record_shard(self._writer.finish, following_rows=0)
-        write_index(self._folder, self._shards)
+        write_index(self._format, self._folder, self.dtype, self._shards)
         write_rows_file(self._folder, np.array(self._rows, np.int64).reshape(-1, 2))
 
     def _write_row(self) -> None:

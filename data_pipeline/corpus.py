@@ -1,9 +1,9 @@
 """A prepared corpus: what its files are called and hold, and random access to the tokens of a split.
 
-    manifest.json             version, tokenizer_hash, dtype, vocab_size, pairs, splits: {name: documents, tokens,
-                              bytes, rows, fingerprint}
+    manifest.json             version, tokenizer_hash, dtype, vocab_size, format, pairs, splits: {name: documents,
+                              tokens, bytes, rows, fingerprint}
     tokenizer/                written by `Tokenizer.save`
-    train/, validation/       index.json and shard.*.mds with the columns `COLUMNS`, rows.npy, and pairs.npy where the
+    train/, validation/       index.json and shards in one of `formats.FORMATS`, rows.npy, and pairs.npy where the
                               corpus consists of pairs
 
 A split is stored as one long sequence of raw tokens without special ones, cut into blocks (stored rows), with the ends
@@ -26,7 +26,8 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from braid.data_pipeline.mds import INDEX_FILE, MDSReader, atomic_file
+from braid.data_pipeline.formats import FORMATS, shard_reader
+from braid.data_pipeline.shards import INDEX_FILE, ShardReader, atomic_file
 from braid.data_pipeline.tokenizers import load_tokenizer
 from braid.kernels.errors import ConfigError, InputError
 
@@ -41,12 +42,6 @@ BLOCK_BYTES = 64 << 10
 MAX_TABLES = 64  # shards whose block positions are kept; one table is some 16 KiB
 
 
-def COLUMNS(dtype: np.dtype | str) -> dict[str, str]:
-    """MDS columns of a split: `tokens`, a flat block of raw tokens of `dtype`, and `ends`, the offsets in
-    0..len(tokens) before which a document of the block ends, in order; two are equal where a document is empty."""
-    return {"tokens": f"ndarray:{np.dtype(dtype).name}", "ends": "ndarray:int32"}
-
-
 def write_rows_file(folder: Path, rows: np.ndarray) -> None:
     """Atomically write `rows.npy`: int64 [rows, 2], the tokens and the document ends of each stored row."""
     assert rows.dtype == np.int64 and rows.ndim == 2 and rows.shape[1] == 2, f"{rows.dtype} {rows.shape}"
@@ -54,10 +49,9 @@ def write_rows_file(folder: Path, rows: np.ndarray) -> None:
         np.save(file, rows)
 
 
-def write_pairs_file(folder: Path) -> None:
+def write_pairs_file(folder: Path, reader: ShardReader) -> None:
     """Atomically write `pairs.npy` of a split whose shards and index are complete: int64 [pairs + 1], the stream
     position at which each pair begins, closed by the length of the stream."""
-    reader = MDSReader(folder)
     starts = [np.zeros(1, np.int64)]
     num_tokens = num_documents = 0
     for i in range(reader.num_rows):
@@ -140,7 +134,7 @@ class TokenCorpus:
         self._check_tokenizer()
         self.vocab_size, self.dtype = self.tokenizer.vocab_size, np.dtype(manifest["dtype"])
         self.bos_id, self.eos_id = self.tokenizer.bos_id, self.tokenizer.eos_id
-        self._reader = MDSReader(folder / split)
+        self._reader = shard_reader(manifest["format"], folder / split)
         self._open_tables()
         self._check_fingerprint()
 
@@ -289,7 +283,10 @@ def _read_manifest(folder: Path) -> dict:
         for split in manifest["splits"].values():
             for key in ("documents", "tokens", "bytes", "rows", "fingerprint"):
                 split[key]
-        manifest["pairs"] = bool(manifest.get("pairs", False))  # corpora prepared before there were pairs do not say
+        manifest["pairs"] = bool(manifest.get("pairs", False))  # corpora prepared before there were pairs do not say,
+        manifest.setdefault("format", "mds")  # nor those prepared before there were other formats
+        if manifest["format"] not in FORMATS:
+            raise ValueError(f"format {manifest['format']}")
         version = manifest["version"]
     except OSError as error:
         raise InputError(

@@ -27,9 +27,10 @@ from braid.data_pipeline.corpus import (
     write_pairs_file,
 )
 from braid.data_pipeline.embedded import EmbeddedCorpus
-from braid.data_pipeline.mds import atomic_file
+from braid.data_pipeline.formats import FORMATS, shard_reader
 from braid.data_pipeline.progress import Progress
 from braid.data_pipeline.readers import TextFiles
+from braid.data_pipeline.shards import atomic_file
 from braid.data_pipeline.splitting import Source, Split, choose_split, training_sample
 from braid.data_pipeline.tokenising import batches_of, tokenised
 from braid.data_pipeline.tokenizers import Tokenizer, check_bpe_size, load_tokenizer, train_bpe
@@ -52,6 +53,7 @@ def prepare(
     text_field: str = "text",
     separator: str | None = None,
     pair_fields: tuple[str, str] | None = None,
+    format: str = "mds",
     row_tokens: int | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
@@ -62,7 +64,8 @@ def prepare(
     validation_fraction: share set apart, whole documents chosen by hash; a single document is cut at a line end.
     workers: processes; one also uses the tokenizer library's own threads. separator: stands between the documents of a
     .txt file, which otherwise is one document. pair_fields: the fields of source and target, to make a corpus of pairs
-    (each is two documents, and wholly in one split). row_tokens: tokens in a stored row, by default 64 KiB of them.
+    (each is two documents, and wholly in one split). format: of the shards, one of `formats.FORMATS`; what is
+    read from them is the same. row_tokens: tokens in a stored row, by default 64 KiB of them.
     shard_bytes: largest shard.
 
     Continues where an interrupted preparation of the same stopped; does nothing where it was finished. Raises
@@ -73,8 +76,7 @@ def prepare(
         "separator": separator,
         "pair_fields": list(pair_fields) if pair_fields else None,
         "validation_fraction": validation_fraction,
-        "row_tokens": row_tokens,
-        "shard_bytes": shard_bytes,
+        **_stored(format, row_tokens, shard_bytes),
     }
     with Progress(progress) as report:
         _check(settings, workers)
@@ -89,13 +91,14 @@ def prepare_embedded(
     tokenizer: str | Path | None = None,
     validation_fraction: float = 0.05,
     workers: int = 1,
+    format: str = "mds",
     row_tokens: int | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
 ) -> dict:
     """`prepare` for the text that comes with Python (see `embedded`), with a tokenizer of `vocab_size` ids trained on
     it unless `tokenizer` names another."""
-    settings = {"validation_fraction": validation_fraction, "row_tokens": row_tokens, "shard_bytes": shard_bytes}
+    settings = {"validation_fraction": validation_fraction, **_stored(format, row_tokens, shard_bytes)}
     with Progress(progress) as report:
         _check(settings, workers)
         chosen = str(tokenizer or f"train:{vocab_size}")
@@ -126,10 +129,18 @@ def _prepare(source: Source, tokenizer: str, output: Path, settings: dict, worke
     return manifest
 
 
+def _stored(format: str, row_tokens: int | None, shard_bytes: int) -> dict:
+    """The settings about how a corpus is stored. Those of MDS do not name it: it was the only format once."""
+    settings = {"row_tokens": row_tokens, "shard_bytes": shard_bytes}
+    return settings if format == "mds" else settings | {"format": format}
+
+
 def _check(settings: dict, workers: int) -> None:
     if not 0 < settings["validation_fraction"] < 1:
         change = "give a share between 0 and 1, such as 0.05; both splits need text"
         raise InputError("impossible --validation-fraction", found=str(settings["validation_fraction"]), change=change)
+    if (format := settings.get("format", "mds")) not in FORMATS:
+        raise InputError("the format is not known", found=format, change=f"use one of {', '.join(FORMATS)}")
     row_tokens, shard_bytes = settings["row_tokens"], settings["shard_bytes"]
     limits = (("workers", workers, 4096), ("row_tokens", row_tokens, 1 << 24), ("shard_bytes", shard_bytes, 2**32 - 1))
     for name, value, largest in limits:
@@ -201,6 +212,7 @@ def _writer(
     return BlockWriter(
         output / name,
         tokenizer.dtype,
+        format=settings.get("format", "mds"),
         row_tokens=settings["row_tokens"] or BLOCK_BYTES // tokenizer.dtype.itemsize,
         shard_bytes=settings["shard_bytes"],
         records=journal.records(name),
@@ -243,9 +255,10 @@ def _commit(writers: dict[str, BlockWriter], tokenizer: Tokenizer, output: Path,
             found=", ".join(f"{writer.documents} documents in {name}" for name, writer in writers.items()),
             change=f"delete {output} and give more documents or another --validation-fraction",
         )
+    format = header["settings"].get("format", "mds")
     if pairs:
         for name in writers:
-            write_pairs_file(output / name)
+            write_pairs_file(output / name, shard_reader(format, output / name))
     splits = {
         name: {
             "documents": writer.documents,
@@ -261,6 +274,7 @@ def _commit(writers: dict[str, BlockWriter], tokenizer: Tokenizer, output: Path,
         "tokenizer_hash": tokenizer.hash,
         "dtype": tokenizer.dtype.name,
         "vocab_size": tokenizer.vocab_size,
+        "format": format,
         "pairs": pairs,
         "splits": splits,
         **header,
@@ -314,6 +328,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--target-field", metavar="F", help="with --pairs: field of .jsonl and .parquet with the target (target)")
     add("--separator", metavar="S", help=r"text between the documents of a .txt file; \n and \t are understood")
     add("--validation-fraction", type=float, default=0.05, metavar="F", help="share set apart for validation (0.05)")
+    add(
+        "--format",
+        default="mds",
+        choices=FORMATS,
+        help="of the shards: mosaicml-streaming, webdataset, flat files (mds)",
+    )
     add("--workers", type=int, default=1, metavar="N", help="processes that tokenise (1)")
 
 
@@ -336,7 +356,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _from_arguments(args: argparse.Namespace) -> dict:
-    common = {"validation_fraction": args.validation_fraction, "workers": args.workers}
+    common = {"validation_fraction": args.validation_fraction, "workers": args.workers, "format": args.format}
     if args.embedded == bool(args.input):
         found = "both" if args.embedded else "neither"
         change = "give --input FILES|DIR ..., or --embedded for the text that comes with Python"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from braid.data_pipeline.corpus import COLUMNS, split_fingerprint, write_rows_file
-from braid.data_pipeline.mds import MDSWriter, write_index
+from braid.data_pipeline.corpus import split_fingerprint, write_rows_file
+from braid.data_pipeline.formats import shard_writer, write_index
 from braid.data_pipeline.tokenizers import Tokenizer, load_tokenizer
 
 LETTERS = list("abcdefghij klmno\nüßé→語🙂")
@@ -30,6 +30,7 @@ def build(
     shard_bytes: int = 1 << 12,
     split: str = "train",
     tokenizer: Tokenizer | None = None,
+    format: str = "mds",
 ) -> list[list[int]]:
     """Write `documents` as a split of the corpus `folder`; returns the token ids of each."""
     tokenizer = tokenizer or load_tokenizer("bytes")
@@ -37,13 +38,13 @@ def build(
     ids = [document.tolist() for document in tokenizer.encode_batch(documents)]
     stream, ends = np.array(list(chain(*ids)), tokenizer.dtype), np.cumsum([len(document) for document in ids])
     sizes = []
-    with MDSWriter(folder / split, COLUMNS(tokenizer.dtype), shard_bytes=shard_bytes) as writer:
+    with shard_writer(format, folder / split, tokenizer.dtype, shard_bytes=shard_bytes) as writer:
         for start in range(0, len(stream), block):
             tokens = stream[start : start + block]
             inside = ends[(ends > start) & (ends <= start + len(tokens))] - start
             writer.write({"tokens": tokens, "ends": inside.astype(np.int32)})
             sizes.append((len(tokens), len(inside)))
-    write_index(folder / split, writer.finished_shards)
+    write_index(format, folder / split, tokenizer.dtype, writer.finished_shards)
     write_rows_file(folder / split, np.array(sizes, np.int64))
     manifest_file = folder / "manifest.json"
     splits = json.loads(manifest_file.read_text())["splits"] if manifest_file.exists() else {}
@@ -59,6 +60,7 @@ def build(
         "tokenizer_hash": tokenizer.hash,
         "dtype": tokenizer.dtype.name,
         "vocab_size": tokenizer.vocab_size,
+        "format": format,
         "splits": splits,
     }
     manifest_file.write_text(json.dumps(manifest))

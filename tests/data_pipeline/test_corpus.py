@@ -13,7 +13,8 @@ import pytest
 from small_corpus import build, damage, naive_stream, texts
 
 from braid.data_pipeline import corpus as corpus_module
-from braid.data_pipeline.corpus import COLUMNS, TokenCorpus, split_fingerprint, write_rows_file
+from braid.data_pipeline.corpus import TokenCorpus, split_fingerprint, write_rows_file
+from braid.data_pipeline.formats import COLUMNS
 from braid.data_pipeline.mds import MDSReader
 from braid.data_pipeline.tokenizers import load_tokenizer, train_bpe
 from braid.kernels.errors import ConfigError, InputError

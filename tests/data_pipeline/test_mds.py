@@ -16,8 +16,9 @@ import pytest
 import xxhash
 from small_corpus import damage
 
-from braid.data_pipeline import mds
-from braid.data_pipeline.mds import MDSReader, MDSWriter, atomic_file, write_index
+from braid.data_pipeline import shards as shards_module
+from braid.data_pipeline.mds import MDSReader, MDSWriter, write_index
+from braid.data_pipeline.shards import atomic_file
 from braid.kernels.errors import InputError
 
 COLUMNS = {"tokens": "ndarray:uint16", "ends": "ndarray:int32"}
@@ -181,7 +182,7 @@ def test_a_shard_is_hashed_once(tmp_path, monkeypatch):
     hashed = []
     original = MDSReader.verify_shard
     monkeypatch.setattr(MDSReader, "verify_shard", lambda self, shard: hashed.append(shard) or original(self, shard))
-    monkeypatch.setattr(mds, "MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr(shards_module, "MAX_OPEN_SHARDS", 2)
     reader = MDSReader(tmp_path)
     for _ in range(2):
         for i in range(reader.num_rows):
@@ -190,7 +191,7 @@ def test_a_shard_is_hashed_once(tmp_path, monkeypatch):
 
 
 def test_open_files_are_bounded_and_old_rows_stay_valid(tmp_path, monkeypatch):
-    monkeypatch.setattr(mds, "MAX_OPEN_SHARDS", 3)
+    monkeypatch.setattr(shards_module, "MAX_OPEN_SHARDS", 3)
     rows = samples(60, lengths=(1000,))
     write(tmp_path, rows, shard_bytes=5000)
     reader = MDSReader(tmp_path)
@@ -254,7 +255,7 @@ def test_a_killed_writer_leaves_no_partial_shard(tmp_path):
 import os, signal
 import numpy as np
 from pathlib import Path
-from braid.data_pipeline import mds
+from braid.data_pipeline import mds, shards
 writer = mds.MDSWriter(Path({str(tmp_path)!r}), {COLUMNS!r}, shard_bytes=5000)
 fsync, calls = os.fsync, []
 def dying(file):
@@ -262,7 +263,7 @@ def dying(file):
     if len(calls) == 5:  # two syncs a shard: the third shard is written but has no name yet
         os.kill(os.getpid(), signal.SIGKILL)
     fsync(file)
-mds.os.fsync = dying
+shards.os.fsync = dying
 while True:
     writer.write({{"tokens": np.arange(1000, dtype=np.uint16), "ends": np.ones(1, np.int32)}})
 """
@@ -275,7 +276,7 @@ while True:
 
 
 def test_threads_and_forked_processes_read_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(mds, "MAX_OPEN_SHARDS", 2)  # shards are opened and dropped all the time
+    monkeypatch.setattr(shards_module, "MAX_OPEN_SHARDS", 2)  # shards are opened and dropped all the time
     rows = samples(40, lengths=(1000,))
     write(tmp_path, rows, shard_bytes=9000)
     reader = MDSReader(tmp_path)

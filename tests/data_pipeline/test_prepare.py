@@ -249,10 +249,10 @@ def wait_for(condition, seconds: float = 60.0) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize(("workers", "kills"), [(1, 5), (2, 2)])
-def test_killed_at_random_moments_and_continued(tmp_path, workers, kills):
+@pytest.mark.parametrize(("workers", "kills", "format"), [(1, 5, "mds"), (2, 2, "mds"), (1, 2, "wds"), (1, 2, "flat")])
+def test_killed_at_random_moments_and_continued(tmp_path, workers, kills, format):
     texts = write_texts(tmp_path / "texts", 1000, mean_words=120)
-    options = {"row_tokens": 1000, "shard_bytes": 8000}
+    options = {"row_tokens": 1000, "shard_bytes": 8000, "format": format}
     prepare([texts], "train:300", tmp_path / "once", progress=False, **options)
     num_shards = len(list((tmp_path / "once").rglob("shard.*")))
     assert num_shards > 60

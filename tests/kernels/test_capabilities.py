@@ -38,6 +38,7 @@ def fake(tmp_path, monkeypatch):
         path.mkdir(parents=True)
         if source is not None:
             (path / "__init__.py").write_text(source)
+        monkeypatch.delitem(sys.modules, name, raising=False)  # the real one, which another test has imported
 
     return install
 
