@@ -156,3 +156,18 @@ def test_implementations_can_be_asked_for(monkeypatch):
     assert dispatch.choose.__wrapped__("cpu").name == "eager"
     monkeypatch.setenv("BRAID_KERNELS", "auto")
     assert dispatch.choose.__wrapped__("mps").name == "eager"
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.skipif(toolchain.find_nvcc() is None, reason="there is no nvcc")
+def test_a_library_with_cuda_can_be_loaded_without(tmp_path):
+    """Every launcher is there, and what only a torch with CUDA has is not asked for."""
+    tools, nvcc = toolchain.find(), toolchain.find_nvcc()
+    with_cuda = toolchain.Toolchain(tools.compiler, tools.compiler_version, nvcc, "", (90,))
+    toolchain.build(with_cuda, tmp_path / "library.so", tmp_path)
+    code = (
+        f"import torch; torch.ops.load_library({str(tmp_path / 'library.so')!r}); out = torch.zeros(1, 1, 4)\n"
+        "torch.ops.braid.normals_into(out, torch.tensor(1), torch.arange(1), torch.arange(1), 0, 0); print(out.any())"
+    )
+    assert finish(start(code))[0] == "tensor(True)\n"
