@@ -32,6 +32,7 @@ from braid.data_pipeline.progress import Progress
 from braid.data_pipeline.readers import TextFiles
 from braid.data_pipeline.shards import atomic_file
 from braid.data_pipeline.splitting import Source, Split, choose_split, training_sample
+from braid.data_pipeline.token_stores import TokenFiles
 from braid.data_pipeline.tokenising import batches_of, tokenised
 from braid.data_pipeline.tokenizers import Tokenizer, check_bpe_size, load_tokenizer, train_bpe
 from braid.kernels.errors import InputError
@@ -103,6 +104,36 @@ def prepare_embedded(
         _check(settings, workers)
         chosen = str(tokenizer or f"train:{vocab_size}")
         return _prepare(EmbeddedCorpus(), chosen, Path(output), settings, workers, report)
+
+
+def prepare_tokens(
+    inputs: Sequence[str | Path],
+    tokenizer: str | Path,
+    output: str | Path,
+    *,
+    documents: str = "index",
+    token_dtype: str | None = None,
+    validation_fraction: float = 0.05,
+    format: str = "mds",
+    row_tokens: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    progress: bool = True,
+) -> dict:
+    """`prepare` for ids that `tokenizer` gave elsewhere; inputs, documents, token_dtype: see `token_stores.TokenFiles`.
+    Where its tokens do not tell the bytes of a text, those of the decoded text are counted."""
+    settings = {
+        "documents": documents,
+        "token_dtype": token_dtype,
+        "validation_fraction": validation_fraction,
+        **_stored(format, row_tokens, shard_bytes),
+    }
+    with Progress(progress) as report:
+        _check(settings, 1)
+        if str(tokenizer).startswith("train:"):
+            change = "give the tokenizer that made the ids"
+            raise InputError("a tokenizer cannot be trained on ids", found=str(tokenizer), change=change)
+        source = TokenFiles(inputs, load_tokenizer(tokenizer), documents=documents, token_dtype=token_dtype)
+        return _prepare(source, str(tokenizer), Path(output), settings, 1, report)
 
 
 def _prepare(source: Source, tokenizer: str, output: Path, settings: dict, workers: int, report: Progress) -> dict:
@@ -195,6 +226,9 @@ def _plan(
             raise InputError(f"{folder} was changed since", change=f"delete {output} and start again")
         return tokenizer, Split(**journal.plan["split"])
     split = choose_split(source, settings["validation_fraction"])
+    if split.cut is not None and isinstance(source, TokenFiles):
+        change = "check that the tokenizer's EOS is the id that ends documents in these files"
+        raise InputError("all tokens are one document, so none can be set apart for validation", change=change)
     if split.cut is not None:
         report.note("there is only one document: its last part, from a line boundary on, becomes the validation split")
     tokenizer = make_tokenizer(source, split)
@@ -239,7 +273,12 @@ def _fill(
     assigned = split.assign(source.pieces(first_file))
     missing = ((name, piece) for name, piece in assigned if piece[:3] >= writers[name].resume_at.piece)
     report.begin(source.total_bytes)
-    for batch, ids_of_batch in tokenised(batches_of(missing, source), tokenizer, folder, workers):
+    batches = batches_of(missing, source)
+    if isinstance(source, TokenFiles):
+        encoded = ((batch, [piece.ids for _, piece in batch.pieces]) for batch in batches)
+    else:
+        encoded = tokenised(batches, tokenizer, folder, workers)
+    for batch, ids_of_batch in encoded:
         for (name, piece), ids in zip(batch.pieces, ids_of_batch, strict=True):
             writers[name].add(piece, ids)
         report.update(total("documents"), total("num_bytes"), total("num_tokens"), batch.position)
@@ -318,6 +357,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `braid prepare`."""
     add = parser.add_argument
     add("--input", nargs="+", metavar="PATH", help="files, folders, patterns: .txt, .jsonl (also .gz, .zst), .parquet")
+    add("--tokens", nargs="+", metavar="PATH", help="instead: ids of --tokenizer (Megatron, datatrove, datasets, flat)")
+    add("--documents", choices=("index", "eos"), help="with --tokens: where documents end besides at EOS (index)")
+    add("--token-dtype", choices=("uint16", "uint32"), help="with --tokens: of flat files that have no index")
     add("--embedded", action="store_true", help="prepare the text that comes with Python instead of --input")
     add("--output", required=True, metavar="DIR", help="folder of the corpus; an interrupted one is continued")
     add("--tokenizer", metavar="T", help="bytes, train:N (byte-level BPE of N ids), a tokenizer.json, or its folder")
@@ -356,7 +398,12 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _from_arguments(args: argparse.Namespace) -> dict:
-    common = {"validation_fraction": args.validation_fraction, "workers": args.workers, "format": args.format}
+    common = {"validation_fraction": args.validation_fraction, "format": args.format}
+    if args.tokens:
+        return _tokens_from_arguments(args, common)
+    if args.documents or args.token_dtype:
+        raise InputError("--documents and --token-dtype go with --tokens", change="leave them out")
+    common["workers"] = args.workers
     if args.embedded == bool(args.input):
         found = "both" if args.embedded else "neither"
         change = "give --input FILES|DIR ..., or --embedded for the text that comes with Python"
@@ -387,3 +434,23 @@ def _from_arguments(args: argparse.Namespace) -> dict:
     if args.pairs:
         content = {"pair_fields": (fields[0] or "source", fields[1] or "target")}
     return prepare(args.input, args.tokenizer, args.output, **content, **common)
+
+
+def _tokens_from_arguments(args: argparse.Namespace, common: dict) -> dict:
+    others = {
+        "--input": args.input,
+        "--embedded": args.embedded,
+        "--pairs": args.pairs or args.source_field or args.target_field,
+        "--separator": args.separator is not None,
+        "--text-field": args.text_field != "text",
+        "--vocab-size": args.vocab_size is not None,
+        "--workers": args.workers != 1,
+    }
+    if found := ", ".join(option for option, given in others.items() if given):
+        raise InputError(
+            "--tokens holds ids already", found=found, change="leave these options out: they are about text"
+        )
+    if args.tokenizer is None:
+        raise InputError("which tokenizer?", change="give the one that made the ids: --tokenizer FILE|DIR")
+    options = {"documents": args.documents or "index", "token_dtype": args.token_dtype}
+    return prepare_tokens(args.tokens, args.tokenizer, args.output, **options, **common)

@@ -74,7 +74,7 @@ class TextFiles:
             raise InputError(f"{plain[0]} holds no pairs", change="pairs are read from .jsonl and .parquet files")
         common = os.path.commonpath([path.parent for path in self.files])
         self.names = [path.relative_to(common).as_posix() for path in self.files]
-        self.sizes = [_size(path) for path in self.files]
+        self.sizes = [file_size(path) for path in self.files]
         self.total_bytes = sum(self.sizes)
         self.position = 0
 
@@ -86,7 +86,7 @@ class TextFiles:
     def describe(self) -> list[dict]:
         """Name, size and xxh3_64 of every file: what a prepared corpus was made from."""
         return [
-            {"name": name, "bytes": size, "xxh3": _file_hash(path)}
+            {"name": name, "bytes": size, "xxh3": file_hash(path)}
             for path, name, size in zip(self.files, self.names, self.sizes, strict=True)
         ]
 
@@ -282,7 +282,8 @@ def _is_readable(name: str) -> bool:
     return name.lower().endswith(ENDINGS)
 
 
-def _file_hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """xxh3_64 of a file. Raises InputError where it cannot be read."""
     digest = xxhash.xxh3_64()
     try:
         with open(path, "rb") as file:
@@ -293,7 +294,8 @@ def _file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _size(path: Path) -> int:
+def file_size(path: Path) -> int:
+    """Bytes of a file. Raises InputError where there are none."""
     try:
         size = path.stat().st_size
     except OSError as error:

@@ -105,6 +105,11 @@ class Tokenizer:
             ids = [found] if found is not None else self._backend.encode(character, add_special_tokens=False).ids
             yield from (i for i in ids if not self._forbidden[i])
 
+    @property
+    def is_special(self) -> np.ndarray:
+        """Which ids `encode_batch` never gives: bool [vocab_size]."""
+        return self._forbidden
+
     @cached_property
     def token_bytes(self) -> np.ndarray | None:
         """UTF-8 bytes each id stands for, int32 [vocab_size], 0 for special ids; None when the sum over a text's ids
