@@ -52,7 +52,9 @@ class NormalArguments(ctypes.Structure):
     ]  # fmt: skip
 
 
-def normals(out: Tensor, key: Tensor, ordinals: Tensor, positions: Tensor, first_channel: int, draw: int):
+def normals(
+    out: Tensor, key: Tensor, ordinals: Tensor, positions: Tensor, first_channel: int, draw: int
+) -> NormalArguments:
     """Of `normals_into`."""
     rows, length, channels = out.shape
     return NormalArguments(

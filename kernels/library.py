@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -76,12 +76,22 @@ def _find_or_build() -> tuple[Path, str, bool]:
         if (path := PACKAGED / toolchain.packaged_name(with_cuda)).exists():
             return path, "packaged", with_cuda
     tools = toolchain.find()
-    what = f"{tools.compiler_version}"
-    what += f"; {tools.nvcc_version}, sm_{', sm_'.join(map(str, tools.architectures))}" if tools.nvcc else ""
+    try:
+        return _cached_or_built(tools)
+    except BuildError as error:
+        if not tools.nvcc:
+            raise
+        # A pair of compilers that do not get on must not cost the CPU its kernels, and CUDA has NVRTC.
+        return _cached_or_built(replace(tools, nvcc=None, nvcc_version="", architectures=(), without_cuda=str(error)))
+
+
+def _cached_or_built(tools: Toolchain) -> tuple[Path, str, bool]:
     path = cache_folder() / f"braid-{tools.key()}.so"
     how = "cached" if path.exists() else "built"
     if how == "built":
         _build_into_cache(tools, path)
+    what = tools.compiler_version
+    what += f"; {tools.nvcc_version}, sm_{', sm_'.join(map(str, tools.architectures))}" if tools.nvcc else ""
     what += f"; without CUDA: {tools.without_cuda}" if tools.without_cuda else ""
     return path, f"{how} by {what}", bool(tools.nvcc)
 

@@ -171,3 +171,15 @@ def test_a_library_with_cuda_can_be_loaded_without(tmp_path):
         "torch.ops.braid.normals_into(out, torch.tensor(1), torch.arange(1), torch.arange(1), 0, 0); print(out.any())"
     )
     assert finish(start(code))[0] == "tensor(True)\n"
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_an_nvcc_that_fails_does_not_cost_the_cpu_its_kernels(tmp_path, monkeypatch):
+    nvcc = wrapped_compiler(tmp_path, 'echo "error: unsupported host compiler" >&2; exit 1')
+    tools = toolchain.find()
+    broken = toolchain.Toolchain(tools.compiler, tools.compiler_version, nvcc, "nvcc 1.0", (90,))
+    monkeypatch.setattr(toolchain, "find", lambda: broken)
+    monkeypatch.setenv("BRAID_KERNELS_CACHE", str(tmp_path / "cache"))
+    path, found, with_cuda = library._find_or_build()
+    assert path.exists() and not with_cuda and "without CUDA: compiler: error: unsupported host compiler" in found
