@@ -39,7 +39,7 @@ def cross_entropy_(
 
     With `gradient` the logits, of any float type, become the one above; without, they may or may not be kept. Weights
     w are in the gradient, not in the nll; a row of weight 0 gets a gradient of 0. Targets are int64, negative where
-    another process has them; token `left_out` has no probability.
+    another process has them; token `left_out` has no probability. A target beyond the tokens is an error or NaN.
     """
     exact = torch.promote_types(logits_MV.dtype, torch.float32)
     sums = torch.float64

@@ -35,8 +35,9 @@ def cross_entropy_kernel(
             largest = higher
         highest = tl.max(largest, 0)
         sum_of_all = tl.sum((total * tl.exp(largest - highest)).to(tl.float64), 0)
-        here = (target >= 0) & (target != left_out)
+        here = (target >= 0) & (target != left_out) & (target < SIZE)
         at_target = tl.load(of_row + target, mask=here, other=0.0).to(tl.float32)
+        at_target = tl.where(target < SIZE, at_target, float("nan"))
         tl.store(largest_out + row, highest)
         tl.store(total_out + row, sum_of_all)
         tl.store(at_target_out + row, tl.where((target >= 0) & (target == left_out), -infinite, at_target))

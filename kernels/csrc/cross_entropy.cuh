@@ -65,10 +65,9 @@ __device__ __forceinline__ void row_statistics(const CrossEntropyArguments& a, i
   __syncthreads();
   if (threadIdx.x == 0) {
     for (int w = 1; w < ROW_WARPS; ++w) join(sum, sums[w]);
-    const int64_t target = a.targets[row];
     a.largest[row] = sum.largest;
     a.total[row] = sum.total;
-    a.at_target[row] = target < 0 ? 0.0f : target == a.left_out ? -infinity() : load(logits + target);
+    a.at_target[row] = logit_of_target(a, logits, a.targets[row]);
   }
   __syncthreads();
 }

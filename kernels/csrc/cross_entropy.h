@@ -12,7 +12,7 @@ namespace braid {
 
 struct CrossEntropyArguments {
   void* logits;            // [rows, size], rows `stride` apart; becomes the gradient
-  const int64_t* targets;  // [rows]; negative: among the tokens of another process
+  const int64_t* targets;  // [rows]; negative: another process has it
   const float* weights;    // [rows]
   float* largest;          // [rows]: the largest logit
   double* total;           // [rows]: the sum of exp(logit - largest)
@@ -26,6 +26,14 @@ struct CrossEntropyArguments {
 };
 
 constexpr float LEAST = -0x1.fffffep+127f;
+
+// The target's logit; NaN where no process has such a token.
+template <class Logit>
+BRAID_FUNCTION float logit_of_target(const CrossEntropyArguments& a, const Logit* logits, int64_t target) {
+  if (target < 0) return 0.0f;
+  if (target == a.left_out) return -infinity();
+  return target < a.size ? load(logits + target) : from_bits(0x7FC00000u);
+}
 
 // What exp(logit - largest) is multiplied by: weight (1 + 2 z lse) / total.
 BRAID_FUNCTION float gradient_scale(const CrossEntropyArguments& a, float weight, float largest, double total) {

@@ -40,8 +40,7 @@ void statistics(const CrossEntropyArguments& a, int64_t row) {
   for (int j = 0; j < SUMS; ++j) total += lanes[j];
   a.largest[row] = largest;
   a.total[row] = total;
-  const int64_t target = a.targets[row];
-  a.at_target[row] = target < 0 ? 0.0f : target == a.left_out ? -infinity() : load(logits + target);
+  a.at_target[row] = logit_of_target(a, logits, a.targets[row]);
 }
 
 template <class Logit>
@@ -54,9 +53,10 @@ void gradient(const CrossEntropyArguments& a, int64_t row) {
   }
   const float scale = gradient_scale(a, weight, largest, a.total[row]);
   const int64_t target = a.targets[row];
-  const float at_target = target < 0 ? 0.0f : scale * exponential(load(logits + target) - largest) - weight;
+  const bool here = target >= 0 && target < a.size;
+  const float at_target = here ? scale * exponential(load(logits + target) - largest) - weight : 0.0f;
   for (int64_t j = 0; j < a.size; ++j) store(logits + j, scale * exponential(load(logits + j) - largest));
-  if (target >= 0) store(logits + target, at_target);
+  if (here) store(logits + target, at_target);
   if (a.left_out >= 0) store(logits + a.left_out, target == a.left_out ? -weight : 0.0f);
 }
 

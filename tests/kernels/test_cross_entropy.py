@@ -144,6 +144,16 @@ def test_infinities_and_nan(implementation):
     assert nll[2] == pytest.approx(np.log(2)) and logits[2].tolist() == pytest.approx([-0.5, 0, 0.5]) and nll[3] == 0
 
 
+def test_a_target_beyond_the_tokens_is_seen(implementation):
+    logits = torch.zeros(2, 5)
+    if implementation == "eager":
+        with pytest.raises(RuntimeError):
+            cross_entropy_(logits, torch.tensor([5, 0]), torch.ones(2))
+    else:
+        nll, _ = cross_entropy_(logits, torch.tensor([5, 0]), torch.ones(2))
+        assert nll.isnan().tolist() == [True, False]
+
+
 def test_rows_do_not_depend_on_each_other_or_on_threads(implementation):
     logits, targets, weights = case(1000, rows=40)
     together = logits.clone()
