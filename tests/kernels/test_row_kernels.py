@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -81,6 +85,33 @@ def test_emulated_cross_entropy_against_float64(emulated, vocab_size, dtype):
         assert np.allclose(ours[0], nll, rtol=2e-6, atol=1e-6) and np.allclose(ours[1], lse, rtol=2e-6)
         tolerance = 2e-6 if dtype == torch.float32 else 1.01 * 2**-8
         assert np.allclose(logits.double().numpy(), gradient, rtol=tolerance, atol=1e-6)
+
+
+HASH = """
+import hashlib, torch
+from braid.kernels.cross_entropy import cross_entropy_
+from braid.kernels.sampling import ReverseStep, draw_tokens
+g = torch.Generator().manual_seed(0)
+logits, rows = 3 * torch.randn(40, 2011, generator=g), torch.arange(40)
+step = ReverseStep(0.5, 0.5 / 2010, 0.0, 0.9, 0.1 / 2010, 0.1 / 2010)
+made = [draw_tokens(5, logits, rows, rows, left_out=7, top_p=p) for p in (1.0, 0.8)]
+made += [draw_tokens(5, logits, rows, rows, left_out=7, step=step, noisy=rows + 8)]
+made += [*cross_entropy_(logits, rows, torch.rand(40, generator=g), 1e-3), logits]
+print(hashlib.sha256(b"".join(x.numpy().tobytes() for x in made)).hexdigest())
+"""
+
+
+def test_instruction_sets_change_no_bit():
+    if dispatch.choose("cpu").name != "compiled":
+        pytest.skip("there is no compiler")
+    hashes = {
+        subprocess.run(
+            [sys.executable, "-c", HASH], env=os.environ | {"BRAID_KERNELS_ISA": name},
+            check=True, capture_output=True, text=True,
+        ).stdout
+        for name in ("avx512", "avx2", "generic")
+    }  # fmt: skip
+    assert len(hashes) == 1 and len(hashes.pop()) == 65
 
 
 @pytest.mark.gpu
