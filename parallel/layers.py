@@ -22,7 +22,7 @@ import functools
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,10 @@ from braid.parallel.context import UNDIVIDED, Context
 from braid.parallel.data_parallel import reduce_gradients
 from braid.parallel.mesh import Axis
 from braid.parallel.pipeline import ONE_PIECE, Stage
+
+T = TypeVar("T")
+Loss = Callable[[Tensor, Tensor, Tensor | None], T]
+"""Of the input, the weight and the bias of a linear layer, as `linear_loss` takes them."""
 
 
 @functools.cache
@@ -172,7 +176,7 @@ class Region:
         """All positions of x on every process, for what each then does a part of: the way into divided weights."""
         if self.size == 1:
             return x
-        x = x.to(_autocast_dtype(x))  # what comes next would do it, and there may be fewer bytes to send
+        x = x.to(autocast_dtype(x))  # what comes next would do it, and there may be fewer bytes to send
         if not self.divided:
             return shared(x, self.axis)
         return self._by_position(megatron().gather_from_sequence_parallel_region, x)
@@ -242,11 +246,21 @@ def summed(x: Tensor, axis: Axis) -> Tensor:
 # -- layers ----------------------------------------------------------------------------------------------------------
 
 
+class OutputLinear(nn.Linear):
+    """The linear layer of a head, in the dtype of its input. It may be asked for a loss in place of all its outputs,
+    and so sees its weights as its input does: inside a call, where an engine has them whole."""
+
+    def forward(self, x: Tensor, loss: Loss[T] | None = None) -> Tensor | T:
+        if loss is not None:
+            return loss(x, self.weight, self.bias)
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
 class ColumnLinear(nn.Module):
     """A linear layer whose output features are divided: [B, L, ..., in] to this process's [B, L, ..., out / size].
 
     All positions come out, where the hidden states are divided too. The gradient of the input is summed over the
-    processes while that of the weights is computed.
+    processes while that of the weights is computed. As an `OutputLinear`, it may be asked for a loss.
     """
 
     def __init__(self, whole: nn.Linear, parts: int, region: Region) -> None:
@@ -255,8 +269,10 @@ class ColumnLinear(nn.Module):
         self.shards = _divide(self, whole, Shard(0, parts, region.axis.rank, region.size, whole.out_features))
 
     @torch.compiler.disable
-    def forward(self, x: Tensor) -> Tensor:
-        divided, dtype = self.region.divided, _autocast_dtype(x)
+    def forward(self, x: Tensor, loss: Loss[T] | None = None) -> Tensor | T:
+        if loss is not None:
+            return loss(self.region.spread(x), self.weight, self.bias)
+        divided, dtype = self.region.divided, autocast_dtype(x)
         if divided:
             x = x.transpose(0, 1)
         output = megatron().linear_with_grad_accumulation_and_async_allreduce(
@@ -360,7 +376,7 @@ def _divide(layer: nn.Module, whole: nn.Linear | nn.Embedding, shard: Shard) -> 
     return shards
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype:
+def autocast_dtype(x: Tensor) -> torch.dtype:
     """What a linear layer computes x in."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -25,7 +25,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,8 @@ from braid.kernels.capabilities import require
 from braid.parallel.data_parallel import reduce_gradients
 from braid.parallel.mesh import Axis
 from braid.parallel.plan import ParallelConfig
+
+T = TypeVar("T")
 
 NUM_SIZES = 6
 """Room for the dimensions of hidden states in the message that announces them."""
@@ -128,6 +130,12 @@ class Stage:
             if not at_end:
                 _send(axis, output, after)
         return spread(axis, output, axis.size - 1)
+
+    def from_heads(self, compute: Callable[[], T]) -> T:
+        """What the process with the heads computes by them; on every process, but while a piece runs."""
+        if not self.divided or self.piece is not None:
+            return compute()
+        return spread(self.axis, compute() if self.holds_end else None, self.axis.size - 1)
 
 
 ONE_PIECE = Stage()

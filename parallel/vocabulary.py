@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from braid.kernels.linear_cross_entropy import CrossEntropy
 from braid.parallel.layers import Shard, megatron, shared, summed
 from braid.parallel.mesh import Axis
 
@@ -35,8 +36,8 @@ class Vocabulary:
         return self.axis.rank * self._shard(0).piece if self.divided else 0
 
     def logits(self, raw: Tensor) -> Tensor:
-        """What the head says, in float32; -inf at padding."""
-        logits = raw.float()
+        """What the head says, in float32 at least; -inf at padding, in place where it was float32."""
+        logits = raw.to(torch.promote_types(raw.dtype, torch.float32))
         if self.divided and self.first + logits.shape[-1] > self.size:
             logits[..., max(self.size - self.first, 0) :].fill_(float("-inf"))
         return logits
@@ -52,17 +53,22 @@ class Vocabulary:
             logits.select(-1, token - self.first).fill_(float("-inf"))
         return logits
 
-    def cross_entropy(self, logits: Tensor, targets: Tensor, *, without: int | None = None) -> Tensor:
-        """-log p(target) in nats, [...] from logits [..., V'] and targets int64 [...]; where a token is to be left out,
-        it has no probability."""
-        if without is not None:
-            logits = self.without(logits, without)
-        if not self.divided:
-            nats = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
-        else:  # Megatron overwrites the logits with what it needs in the backward pass
-            logits = logits if without is not None else logits.clone()
-            nats = megatron().vocab_parallel_cross_entropy(logits.flatten(0, -2), targets.flatten())
-        return nats.view_as(targets)
+    def cross_entropy(
+        self, targets: Tensor, weights: Tensor, *, without: int | None = None, z_loss: float = 0.0
+    ) -> CrossEntropy:
+        """The cross-entropy of each row of logits [N, V'], for `linear_loss`: -log p(target) in nats, targets int64 of
+        N elements, times weights. A token that is left out has no probability."""
+        first, columns = self.first, self._shard(0).piece if self.divided else self.size
+        left_out = [] if without is None else [slice(without - first, without - first + 1)]
+        padding = [slice(max(self.size - first, 0), columns)] if self.divided else []
+        targets = targets.flatten() - first
+        return CrossEntropy(
+            targets_N=targets.masked_fill(targets >= columns, -1),
+            weights_N=weights.flatten().float(),
+            z_loss=z_loss,
+            without=[each for each in (*left_out, *padding) if 0 <= each.start < each.stop <= columns],
+            join=self._join if self.divided else None,
+        )
 
     def log_softmax(self, logits: Tensor) -> Tensor:
         """Log-probabilities [..., V']."""
@@ -78,6 +84,14 @@ class Vocabulary:
         _, exponentials, total = self._exponentials(logits)
         return exponentials / total
 
+    def softmax_(self, logits: Tensor) -> Tensor:
+        """The same in place, without gradient."""
+        largest = logits.amax(-1, keepdim=True)
+        if self.divided:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.axis.group)
+        exponentials = logits.sub_(largest).exp_()
+        return exponentials.div_(self.sum(exponentials.sum(-1, keepdim=True)))
+
     def take(self, values: Tensor, tokens: Tensor) -> Tensor:
         """Of values [..., V'] those at tokens int64 [..., K], [..., K] on every process."""
         if not self.divided:
@@ -85,6 +99,16 @@ class Vocabulary:
         column = tokens - self.first
         elsewhere = (column < 0) | (column >= values.shape[-1])
         return self.sum(values.gather(-1, column.masked_fill(elsewhere, 0)).masked_fill(elsewhere, 0))
+
+    def add_(self, values: Tensor, tokens: Tensor, added: Tensor) -> Tensor:
+        """Add to values [..., V'] what belongs to tokens int64 [..., K], in place. They may be the same token twice."""
+        column = tokens - self.first
+        elsewhere = (column < 0) | (column >= values.shape[-1])
+        for place, more in zip(
+            column.masked_fill(elsewhere, 0).split(1, -1), added.masked_fill(elsewhere, 0).split(1, -1), strict=True
+        ):
+            values.scatter_(-1, place, values.gather(-1, place) + more)
+        return values
 
     def sum(self, partial: Tensor) -> Tensor:
         """The sum over the processes of what each has summed over its tokens."""
@@ -109,6 +133,12 @@ class Vocabulary:
         if not self.divided:
             return logits
         return megatron().gather_from_tensor_model_parallel_region(logits, group=self.axis.group)[..., : self.size]
+
+    def _join(self, largest: Tensor, total: Tensor, at_target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What `CrossEntropy` asks for, in one message."""
+        each = self.axis.all_gather(torch.stack([largest, total, at_target])[None], 0)
+        largest = each[:, 0].amax(0)
+        return largest, (each[:, 1] * (each[:, 0] - largest).exp()).sum(0), each[:, 2].sum(0)
 
     def _exponentials(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The logits less the largest of all processes', their exponentials, and the sum of these over all tokens."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from braid.parallel.vocabulary import Vocabulary
@@ -13,19 +14,14 @@ def without_mask(logits: Tensor, mask_id: int) -> Tensor:
     return Vocabulary(logits.shape[-1]).without(logits, mask_id)
 
 
-def masked_cross_entropy(
-    logits_BLV: Tensor,
-    targets_BL: Tensor,
-    masked_BL: Tensor,
-    mask_id: int,
-    vocabulary: Vocabulary | None = None,
-) -> Tensor:
+def masked_cross_entropy(logits_BLV: Tensor, targets_BL: Tensor, masked_BL: Tensor, mask_id: int) -> Tensor:
     """-log p(x_0 | x_t) in nats at masked positions, exactly 0 elsewhere (SUBS: a visible token is known). [B, L]
 
-    `vocabulary` is given where the logits may be divided among processes.
+    Of logits that are there; see `TokenLogits.cross_entropy` for those of a wide vocabulary.
     """
-    vocabulary = vocabulary or Vocabulary(logits_BLV.shape[-1])
-    return torch.where(masked_BL, vocabulary.cross_entropy(logits_BLV, targets_BL, without=mask_id), 0.0)
+    logits = without_mask(logits_BLV, mask_id).flatten(0, -2)
+    nats_BL = F.cross_entropy(logits, targets_BL.flatten(), reduction="none").view_as(targets_BL)
+    return torch.where(masked_BL, nats_BL, 0.0)
 
 
 def unmask_probability(alpha_t: float, alpha_s: float) -> float:

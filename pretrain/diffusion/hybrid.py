@@ -16,8 +16,7 @@ from torch import Tensor
 from braid.kernels.sampling import ReverseStep
 from braid.parallel.vocabulary import Vocabulary
 
-from .absorbing import masked_cross_entropy
-from .uniform import decoding_nats, marginal_divergences
+from .uniform import MarginalDivergence, decoding_nats
 
 TIME_MIN = 1e-5
 
@@ -80,29 +79,23 @@ class Hybrid:
 
     def divergence(
         self,
-        logits_BLV: Tensor,
         tokens_BL: Tensor,
         targets_BL: Tensor,
         times_B: Tensor,
+        weights_BL: Tensor,
+        *,
         mask_id: int,
-        vocabulary: Vocabulary | None = None,
-    ) -> Tensor:
-        """KL plus Itakura-Saito divergence of the marginals q_t(. | x_0) and q_t(. | softmax(logits)) at x_t, nats,
-        float64 [B, L]. The vocabulary-wide part has the precision of the logits.
-
-        Without uniform noise it is (1 - t) times the cross-entropy of a masked token; a visible one's is infinite but
-        has weight 0 and is left out. `vocabulary` is given where the logits may be divided among processes.
+        vocabulary: Vocabulary,
+        precise: bool = False,
+    ) -> MarginalDivergence:
+        """KL plus Itakura-Saito divergence of the marginals q_t(. | x_0) and q_t(. | softmax(logits)) at x_t in nats,
+        as a loss of the logits of each position, times weights float64. With uniform noise only: without, it is (1 - t)
+        times the cross-entropy of a masked token; a visible one's is infinite but has weight 0.
         """
-        survival_B = self.survival(times_B)
-        if self.p_uniform == 0:
-            nats_BL = masked_cross_entropy(logits_BLV, targets_BL, tokens_BL == mask_id, mask_id, vocabulary)
-            return survival_B[:, None] * nats_BL
-        vocabulary = vocabulary or Vocabulary(logits_BLV.shape[-1])
-        probabilities_BLV = vocabulary.softmax(vocabulary.without(logits_BLV, mask_id))
-        kl_BL, ratio_BL = marginal_divergences(
-            probabilities_BLV, tokens_BL, targets_BL, survival_B, self.noise(times_B), vocabulary
-        )
-        return kl_BL + ratio_BL
+        assert self.p_uniform > 0
+        survival, noise = (of(times_B)[:, None].expand(tokens_BL.shape) for of in (self.survival, self.noise))
+        each = (tokens_BL, targets_BL, survival, noise, weights_BL)
+        return MarginalDivergence(*(values.flatten() for values in each), mask_id, vocabulary, precise)
 
     def bound_times(self, strata_B: Tensor) -> tuple[Tensor, Tensor]:
         """Times in [time_min, 1) for u in [0, 1), and dt/du: a mean of dt/du times the density estimates its integral.

@@ -11,7 +11,7 @@ below weigh it with x_t^l themselves, so p(x_0^l | x_t) would count that evidenc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -44,9 +44,9 @@ def marginal_divergences(
     under q and p.
 
     With kappa = survival / noise everything is a function of log1p(kappa probabilities): the sum of it over the
-    vocabulary and its values at x_0 and x_t. So one [B, L, V] tensor is kept beside the probabilities; it has their
-    precision, the rest is float64. The probabilities of the mask must be 0, `survival` and `noise` above 0.
-    `vocabulary` is given where the probabilities may be divided among processes.
+    vocabulary, which has the precision of the probabilities, and its values at x_0 and x_t; the rest is float64. The
+    probabilities of the mask must be 0, `survival` and `noise` above 0. `vocabulary` is given where the probabilities
+    may be divided among processes.
     """
     vocabulary = vocabulary or Vocabulary(probabilities_BLV.shape[-1])
     kappa_B = survival_B / noise_B
@@ -61,31 +61,78 @@ def marginal_divergences(
     return kl_BL, log_ratio_BL.expm1() - log_ratio_BL
 
 
-def uniform_nats(
-    probabilities_BLV: Tensor,
-    tokens_BL: Tensor,
-    targets_BL: Tensor,
-    survival_B: Tensor,
-    num_tokens: int,
-    vocabulary: Vocabulary | None = None,
-) -> Tensor:
-    """NELBO density of each position in nats per unit of survival lost: times -alpha'_t it is per unit of time. >= 0,
-    float64 [B, L].
+@dataclass(frozen=True)
+class MarginalDivergence:
+    """A `RowLoss` of logits: both marginal divergences, added and weighted; what is known of a row is their sum. All
+    tensors have the N rows as their one dimension; `survival`, `noise` and `weights` are float64."""
 
-    It is the rate of KL between the true reverse jumps and those of x_0 = `probabilities` (UDLM; Duo, equation of the
-    NELBO): R(x_t) / q(x_t) times both marginal divergences, R = 1 / (alpha K) being the rate of jumps to x_t.
+    tokens: Tensor
+    targets: Tensor
+    survival: Tensor
+    noise: Tensor
+    weights: Tensor
+    mask_id: int
+    vocabulary: Vocabulary
+    precise: bool = False
+    """The vocabulary-wide part is float64 too, a few rows at a time."""
+
+    def __call__(self, logits_MV: Tensor, rows_M: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+        if self.precise:
+            some = max(1, FLOAT64_CHUNK // logits_MV.shape[1])
+            pieces = zip(logits_MV.split(some), rows_M.split(some), strict=True)
+            nats = torch.cat([self._precisely(logits, rows, gradient) for logits, rows in pieces])
+        else:
+            nats = self._nats(logits_MV, rows_M, gradient)
+        return self.weights[rows_M] * nats, nats
+
+    def _precisely(self, logits_MV: Tensor, rows_M: Tensor, gradient: bool) -> Tensor:
+        exact = logits_MV.double()
+        nats = self._nats(exact, rows_M, gradient)
+        logits_MV.copy_(exact)
+        return nats
+
+    def _nats(self, logits_MV: Tensor, rows_M: Tensor, gradient: bool) -> Tensor:
+        vocabulary = self.vocabulary
+        p_MV = vocabulary.softmax_(vocabulary.without_(vocabulary.logits(logits_MV), self.mask_id))
+        tokens, targets = self.tokens[rows_M][:, None], self.targets[rows_M][:, None]
+        law = self.survival[rows_M], self.noise[rows_M]
+        kl, ratio = marginal_divergences(p_MV[:, None], tokens, targets, *law, vocabulary)
+        if gradient:
+            self._to_gradient(p_MV, rows_M)
+        return (kl + ratio).squeeze(1)
+
+    def _to_gradient(self, p_MV: Tensor, rows_M: Tensor) -> None:
+        """Overwrite the probabilities by the gradient of the weighted sum with respect to the logits.
+
+        With s = kappa p and u_j = s_j df/ds_j it is u - p sum(u), and u is -noise s_j / (1 + s_j), with more of the
+        kind at x_0 (from the true marginal there) and at x_t (from the ratio).
+        """
+        each = (self.tokens, self.targets, self.survival, self.noise, self.weights)
+        tokens, targets, survival, noise, weights = (values[rows_M] for values in each)
+        vocabulary, kappa = self.vocabulary, survival / noise
+        places_M2 = torch.stack([tokens, targets], -1)
+        scaled_M2 = kappa[:, None] * vocabulary.take(p_MV, places_M2).double()
+        true = torch.where(tokens == targets, kappa, 0.0)
+        excess = (true - scaled_M2[:, 0]) / (1 + scaled_M2[:, 0])  # q(x_t) / p(x_t) - 1
+        extra_M2 = -torch.stack([excess, survival], -1) * scaled_M2 / (1 + scaled_M2)
+        scaled_MV = p_MV * kappa.to(p_MV.dtype)[:, None]
+        share_MV = scaled_MV.div_(1 + scaled_MV)
+        total = extra_M2.sum(1) - noise * vocabulary.sum(share_MV.sum(1)).double()
+        p_MV.mul_((-weights * total).to(p_MV.dtype)[:, None])
+        p_MV.addcmul_(share_MV, (-weights * noise).to(p_MV.dtype)[:, None])
+        vocabulary.add_(p_MV, places_M2, (weights[:, None] * extra_M2).to(p_MV.dtype))
+
+
+def jump_weight(tokens_BL: Tensor, targets_BL: Tensor, survival_B: Tensor, num_tokens: int) -> Tensor:
+    """What both marginal divergences are multiplied by in the NELBO density, in nats per unit of survival lost: times
+    -alpha'_t it is per unit of time. float64 [B, L].
+
+    The density is the rate of KL between the true reverse jumps and those of the predicted x_0 (UDLM; Duo, equation of
+    the NELBO): R(x_t) / q(x_t), R = 1 / (alpha K) being the rate of jumps to x_t.
     """
     noise_B = (1 - survival_B) / num_tokens
-    kl_BL, ratio_BL = marginal_divergences(probabilities_BLV, tokens_BL, targets_BL, survival_B, noise_B, vocabulary)
     q_BL = torch.where(tokens_BL == targets_BL, (survival_B + noise_B)[:, None], noise_B[:, None])
-    return (kl_BL + ratio_BL) / (num_tokens * survival_B[:, None] * q_BL)
-
-
-def in_float64(nats: Callable[..., Tensor], logits_BLV: Tensor, *per_row: Tensor) -> Tensor:
-    """nats(logits, *per_row) [B, L] with the logits in float64, a few rows at a time: the vocabulary is wide."""
-    num_rows = max(1, FLOAT64_CHUNK // logits_BLV[0].numel())
-    pieces = zip(*(tensor.split(num_rows) for tensor in (logits_BLV, *per_row)), strict=True)
-    return torch.cat([nats(logits.double(), *rest) for logits, *rest in pieces])
+    return 1 / (num_tokens * survival_B[:, None] * q_BL)
 
 
 def decoding_nats(survival: float, noise: float, num_tokens: int, mask_probability: float = 0.0) -> float:

@@ -14,16 +14,21 @@ from torch import Tensor, nn
 from braid.parallel.layers import ALONE, Columns, Region, Rows
 from braid.pretrain.config.schema import ModelConfig
 from braid.pretrain.model.blocks import Block, DropoutKey, KeyValueCache, run_blocks
-from braid.pretrain.model.conditioning import ModulatedLinear, TimeEmbedding
+from braid.pretrain.model.conditioning import TimeEmbedding, TokenHead
 from braid.pretrain.model.flops import TrainingFlops, training_flops
 from braid.pretrain.model.network import Network
+from braid.pretrain.model.token_logits import TokenLogits
 
 
 class Prediction(NamedTuple):
     """What the network says about the clean sequence."""
 
-    logits: Tensor
-    """Raw logits [B, L, V], float32; the mask token's column included. Of a divided network this process's columns."""
+    tokens: TokenLogits
+
+    @property
+    def logits(self) -> Tensor:
+        """All of them, as `TokenLogits.whole`."""
+        return self.tokens.whole
 
 
 class Backbone(Network):
@@ -58,7 +63,7 @@ class Backbone(Network):
             self.token_embedding = nn.Embedding(vocab_size, model.width)
             self.time_embedding = TimeEmbedding(model.cond_dim)
             self.blocks = nn.ModuleList(Block(model, layer, causal) for layer in range(model.num_layers))
-            self.token_head = ModulatedLinear(model.width, vocab_size, model.cond_dim)
+            self.token_head = TokenHead(model.width, vocab_size, model.cond_dim)
         self.materialise(device, seed)
         if model.compile:
             for block in self.blocks:
@@ -70,19 +75,23 @@ class Backbone(Network):
         times: Tensor | None,
         dropout: DropoutKey | None = None,
         cache: KeyValueCache | None = None,
-    ) -> Prediction:
+    ) -> Tensor:
         """Tokens int64 [B, L] (or soft ones: weights over the vocabulary [B, L, V]), times in [0, 1] [B]; runs under
         the caller's autocast.
 
         `times` is ignored (0 is fed) unless the model is time-conditioned; `dropout` is required in training where the
         configured probability is not 0, and ignored otherwise. `cache` (causal models): the tokens follow those whose
-        keys and values it holds; theirs are added to it.
+        keys and values it holds; theirs are added to it. Returns what the head's linear layer reads, [B, L, W]; a call
+        of the network makes a `Prediction` of it.
         """
         c_BC = self.condition(tokens, times)
         x_BLW = self.trunk(tokens, c_BC, dropout, cache)
         if not self.stage.at_end:
             return x_BLW
-        return Prediction(self.vocabulary.logits(self.token_head(x_BLW, c_BC)))
+        return self.token_head(x_BLW, c_BC)
+
+    def say(self, hidden_BLW: Tensor) -> Prediction:
+        return Prediction(self.token_logits(hidden_BLW, "token_head.linear"))
 
     def condition(self, tokens_BL: Tensor, times_B: Tensor | None) -> Tensor:
         """The conditioning vector [B, C] of every sequence."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from braid.kernels.norms import layer_norm
+from braid.parallel.layers import OutputLinear, autocast_dtype
 
 SINUSOID_DIM = 256
 MAX_PERIOD = 10000.0
@@ -88,3 +89,15 @@ class ModulatedLinear(nn.Module):
 
     def forward(self, x: Tensor, c_BC: Tensor) -> Tensor:
         return self.linear(modulate(self.norm(x), *self.adaln(c_BC)))
+
+
+class TokenHead(ModulatedLinear):
+    """The output head of tokens, in two steps: what its linear layer reads, in the dtype of products, and that layer,
+    which whoever needs logits calls (`TokenLogits`)."""
+
+    def __init__(self, width: int, vocab_size: int, cond_dim: int) -> None:
+        super().__init__(width, vocab_size, cond_dim)
+        self.linear = OutputLinear(width, vocab_size)
+
+    def forward(self, x_BLW: Tensor, c_BC: Tensor) -> Tensor:
+        return modulate(self.norm(x_BLW), *self.adaln(c_BC)).to(autocast_dtype(x_BLW))

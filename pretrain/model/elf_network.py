@@ -24,12 +24,13 @@ from torch.utils.checkpoint import checkpoint
 from braid.kernels import random
 from braid.kernels.norms import rms_norm
 from braid.parallel.context import CoreAttention
-from braid.parallel.layers import ALONE, Columns, Region, Rows, set_whole, whole_shape
+from braid.parallel.layers import ALONE, Columns, OutputLinear, Region, Rows, set_whole, whole_shape
 from braid.pretrain.config.schema import ModelConfig
 from braid.pretrain.model.blocks import rope_tables
 from braid.pretrain.model.conditioning import SINUSOID_DIM, sinusoid
 from braid.pretrain.model.flops import TrainingFlops
 from braid.pretrain.model.network import Network
+from braid.pretrain.model.token_logits import TokenLogits
 
 TOKENS_EACH = 4
 NUM_PREFIX = 3 * TOKENS_EACH
@@ -42,8 +43,12 @@ class ELFPrediction(NamedTuple):
 
     latents: Tensor | None
     """Estimate of the clean latents [B, L, D], float32."""
-    logits: Tensor | None
-    """Raw logits [B, L, V], float32; of a divided network this process's columns."""
+    tokens: TokenLogits | None
+
+    @property
+    def logits(self) -> Tensor | None:
+        """All of them, as `TokenLogits.whole`."""
+        return None if self.tokens is None else self.tokens.whole
 
 
 class ELFNetwork(Network):
@@ -100,17 +105,27 @@ class ELFNetwork(Network):
         valid_BL: Tensor,
         *,
         heads: tuple[str, ...] = ("denoise", "decode"),
-    ) -> ELFPrediction:
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Noisy latents and the estimate (zeros: none), flow times and guidance scales [B], which rows are in decode
         mode (bool [B]), and where text is (bool [B, L]; the rest is padding and is not attended to). Runs under the
-        caller's autocast; inputs, conditioning and the denoise head stay float32."""
+        caller's autocast; inputs, conditioning and the denoise head stay float32.
+
+        Returns the estimate of the clean latents [B, L, D], and what the last layer of the decode head reads; a call
+        of the network makes an `ELFPrediction` of them.
+        """
         x_BLW = self.trunk(z_BLD, estimate_BLD, tau_B, guidance_B, decode_B, valid_BL)
         if not self.stage.at_end:
             return x_BLW
-        return ELFPrediction(
+        return (
             self.denoise_head(x_BLW) if "denoise" in heads else None,
-            self.vocabulary.logits(self.decode_head(x_BLW)) if "decode" in heads else None,
+            self.decode_head(x_BLW) if "decode" in heads else None,
         )
+
+    def say(self, output: tuple[Tensor | None, Tensor | None]) -> ELFPrediction:
+        latents_BLD, hidden_BLD = output
+        if hidden_BLD is None:
+            return ELFPrediction(latents_BLD, None)
+        return ELFPrediction(latents_BLD, self.token_logits(hidden_BLD, "decode_head.unembedding"))
 
     def trunk(
         self, z_BLD: Tensor, estimate_BLD: Tensor, tau_B: Tensor, guidance_B: Tensor, decode_B: Tensor, valid_BL: Tensor
@@ -289,7 +304,8 @@ class DenoiseHead(nn.Module):
 
 
 class DecodeHead(nn.Module):
-    """Two layers from the trunk's output, not normalised, to logits. The paper writes one matrix on the predicted
+    """Two layers from the trunk's output, not normalised, to logits; the second is called by whoever needs those. The
+    paper writes one matrix on the predicted
     latents; the released code and its parameter counts have this head, so the trunk is all the two branches share."""
 
     divided: ClassVar = {"unembedding": Columns(outside=True)}
@@ -297,10 +313,10 @@ class DecodeHead(nn.Module):
     def __init__(self, width: int, latent_dim: int, vocab_size: int) -> None:
         super().__init__()
         self.hidden = nn.Linear(width, latent_dim)
-        self.unembedding = nn.Linear(latent_dim, vocab_size)
+        self.unembedding = OutputLinear(latent_dim, vocab_size)
 
     def forward(self, x_BLW: Tensor) -> Tensor:
-        return self.unembedding(F.gelu(self.hidden(x_BLW), approximate="tanh"))
+        return F.gelu(self.hidden(x_BLW), approximate="tanh")
 
 
 def swiglu_width(model: ModelConfig) -> int:

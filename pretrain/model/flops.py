@@ -7,6 +7,9 @@ length. Every query sees every key, so attention is not halved as for causal mod
 full count is kept; many published MFUs do so too). The time conditioning (time embedding and adaLN) runs once per
 *sequence*: its products are counted once per sequence and spread over the tokens, not put into N_mm, where they would
 inflate MFU. Element-wise work and recomputation of activations count nothing.
+
+The head is counted at every position, as others count it, though a loss of masked tokens needs it at those alone, and
+computes no more (kernels/linear_loss.py). `TrainingFlops.needed` is the other convention: what this training needs.
 """
 
 from __future__ import annotations
@@ -35,6 +38,10 @@ class TrainingFlops:
     def total(self) -> float:
         """FLOPs per token with the head at every position."""
         return self.linear + self.attention + self.conditioning + self.head
+
+    def needed(self, token_share: float) -> float:
+        """FLOPs per token with the head at that share of the positions (`Objective.token_share`)."""
+        return self.linear + self.attention + self.conditioning + token_share * self.head
 
 
 def training_flops(model: ModelConfig, *, vocab_size: int, sequence_length: int) -> TrainingFlops:

@@ -19,9 +19,10 @@ from braid.kernels.random import fold_key
 from braid.parallel.layers import ALONE, Columns, Region, Rows
 from braid.pretrain.config.schema import ModelConfig
 from braid.pretrain.model.blocks import Block, DropoutKey, run_blocks
-from braid.pretrain.model.conditioning import ModulatedLinear, TimeEmbedding
+from braid.pretrain.model.conditioning import ModulatedLinear, TimeEmbedding, TokenHead
 from braid.pretrain.model.flops import SINUSOID_DIM, TrainingFlops
 from braid.pretrain.model.network import Network
+from braid.pretrain.model.token_logits import TokenLogits
 
 
 class Routing(NamedTuple):
@@ -36,12 +37,16 @@ class Routing(NamedTuple):
 class JointPrediction(NamedTuple):
     """What a network of two strands says about the clean sequence."""
 
-    logits: Tensor
-    """Raw logits [B, L, V], float32; the mask token's column included. Of a divided network this process's columns."""
+    tokens: TokenLogits
     latents: Tensor
     """Predicted clean latents [B, L, D], float32."""
     routing: Routing | None = None
     """Where there are experts."""
+
+    @property
+    def logits(self) -> Tensor:
+        """All of them, as `TokenLogits.whole`."""
+        return self.tokens.whole
 
 
 class BlockCosts(NamedTuple):
@@ -93,7 +98,7 @@ class JointNetwork(Network):
             self.time_embedding = TimeEmbedding(model.cond_dim)
             self.latent_time_embedding = TimeEmbedding(model.cond_dim) if separate_times else None
             self.blocks = nn.ModuleList(self.make_blocks())
-            self.token_head = ModulatedLinear(model.width, vocab_size, model.cond_dim)
+            self.token_head = TokenHead(model.width, vocab_size, model.cond_dim)
             self.latent_input = ModulatedLinear(latent_dim, model.width, model.cond_dim)
             self.latent_head = ModulatedLinear(model.width, latent_dim, model.cond_dim)
         self.materialise(device, seed)
@@ -119,11 +124,12 @@ class JointNetwork(Network):
         latents: Tensor,
         dropout: DropoutKey | None = None,
         latent_times: Tensor | None = None,
-    ) -> JointPrediction:
+    ) -> tuple[Tensor, Tensor, Routing | None]:
         """Tokens int64 [B, L], latents [B, L, D], times in [0, 1] [B]; runs under the caller's autocast.
 
         `latent_times` [B] are given to a network of separate times and to no other. `dropout` is required in training
-        where the configured probability is not 0, and ignored otherwise.
+        where the configured probability is not 0, and ignored otherwise. Returns what the token head's linear layer
+        reads [B, L, W], the predicted latents and the routing; a call of the network makes a `JointPrediction` of them.
         """
         c_BSC = self.condition(times, latent_times)
         x_BLSW = self.embed(tokens, latents, c_BSC) if self.stage.at_start else self.stage.incoming
@@ -131,9 +137,12 @@ class JointNetwork(Network):
         if not self.stage.at_end:
             return x_BLSW
         x_BLW, z_BLW = self.strands(x_BLSW)
-        logits_BLV = self.vocabulary.logits(self.token_head(x_BLW, c_BSC[:, 0]))
         latents_BLD = self.region.leave(self.latent_head(z_BLW, c_BSC[:, 1]))
-        return JointPrediction(logits_BLV, latents_BLD.float(), routing)
+        return self.token_head(x_BLW, c_BSC[:, 0]), latents_BLD.float(), routing
+
+    def say(self, output: tuple[Tensor, Tensor, Routing | None]) -> JointPrediction:
+        hidden_BLW, latents_BLD, routing = output
+        return JointPrediction(self.token_logits(hidden_BLW, "token_head.linear"), latents_BLD, routing)
 
     def condition(self, times_B: Tensor, latent_times_B: Tensor | None) -> Tensor:
         """The conditioning vector of each strand, [B, S, C]."""

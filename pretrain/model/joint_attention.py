@@ -20,20 +20,25 @@ from braid.parallel.context import CoreAttention
 from braid.parallel.layers import ALONE, Columns, Region, Rows
 from braid.pretrain.config.schema import ModelConfig
 from braid.pretrain.model.blocks import Block, DropoutKey, rope_tables, rotate
-from braid.pretrain.model.conditioning import ModulatedLinear, TimeEmbedding, modulate, sinusoid
+from braid.pretrain.model.conditioning import ModulatedLinear, TimeEmbedding, TokenHead, modulate, sinusoid
 from braid.pretrain.model.flops import SINUSOID_DIM, TrainingFlops
 from braid.pretrain.model.network import Network
+from braid.pretrain.model.token_logits import TokenLogits
 
 
 class SlotPrediction(NamedTuple):
     """What the network says about the clean text and its latent slots."""
 
-    logits: Tensor
-    """Raw logits [B, L, V], float32; the mask token's column included. Of a divided network this process's columns."""
+    tokens: TokenLogits
     latents: Tensor
     """About every slot [B, S, O], float32: the clean latent, or logits of its code (the mask's column included)."""
     without_tokens: Tensor | None = None
-    """Logits as above of a second call that saw the slots alone; for LADD's independence loss."""
+    """All logits of a second call that saw the slots alone; for LADD's independence loss."""
+
+    @property
+    def logits(self) -> Tensor:
+        """All of them, as `TokenLogits.whole`."""
+        return self.tokens.whole
 
 
 Masks = tuple[Tensor, Tensor]
@@ -156,7 +161,7 @@ class JointDenoiser(Network):
             self.token_time = TimeEmbedding(model.cond_dim)
             self.latent_time = TimeEmbedding(model.cond_dim)
             self.blocks = nn.ModuleList(JointBlock(model, layer) for layer in range(model.num_layers))
-            self.token_head = ModulatedLinear(model.width, vocab_size, model.cond_dim)
+            self.token_head = TokenHead(model.width, vocab_size, model.cond_dim)
             self.latent_head = ModulatedLinear(model.width, latent_outputs, model.cond_dim)
         self.materialise(device, seed)
         if model.compile:
@@ -178,14 +183,22 @@ class JointDenoiser(Network):
         token_times: Tensor,
         latent_times: Tensor,
         dropout: DropoutKey | None = None,
-    ) -> SlotPrediction:
-        """Tokens int64 [B, L], latents [B, S, D], times in [0, 1] [B] of each; runs under the caller's autocast."""
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens int64 [B, L], latents [B, S, D], times in [0, 1] [B] of each; runs under the caller's autocast.
+
+        Returns what the token head's linear layer reads [B, L, W], and what is said about the slots; a call of the
+        network makes a `SlotPrediction` of them.
+        """
         c_BC = self.condition(token_times, latent_times)
         x_BLW, y_BSW = self.trunk(tokens, latents, c_BC, dropout)
         if not self.stage.at_end:
             return torch.cat([x_BLW, y_BSW], 1)
         latents_BSO = self.region.leave(self.latent_head(y_BSW, c_BC))
-        return SlotPrediction(self.vocabulary.logits(self.token_head(x_BLW, c_BC)), latents_BSO.float())
+        return self.token_head(x_BLW, c_BC), latents_BSO.float()
+
+    def say(self, output: tuple[Tensor, Tensor]) -> SlotPrediction:
+        hidden_BLW, latents_BSO = output
+        return SlotPrediction(self.token_logits(hidden_BLW, "token_head.linear"), latents_BSO)
 
     def condition(self, token_times_B: Tensor, latent_times_B: Tensor) -> Tensor:
         """c = SiLU(E(t_x) + E'(t_y)) [B, C], in float32 even under autocast, as `TimeEmbedding` is."""

@@ -18,6 +18,7 @@ from braid.parallel.pipeline import Stage, counts_here
 from braid.parallel.vocabulary import Vocabulary
 from braid.pretrain.model.flops import TrainingFlops
 from braid.pretrain.model.initialisation import initialise
+from braid.pretrain.model.token_logits import TokenLogits
 
 
 class Network(nn.Module):
@@ -26,7 +27,8 @@ class Network(nn.Module):
     Shapes: B sequences, L positions, W width, V vocabulary. Where the layers are divided among processes (`region`),
     the logits a network gives are those of this process's part of the vocabulary (`vocabulary`), in all modes. Where
     the blocks are in pieces on several processes, `forward` and `probe` are about the piece that runs (`stage`), and
-    return hidden states unless that is the last one; a call of the network is about all of it.
+    return hidden states unless that is the last one; a call of the network is about all of it. `forward` returns
+    tensors, and `say` makes of them what a call returns.
     """
 
     causal = False
@@ -58,7 +60,17 @@ class Network(nn.Module):
         return self.region.stage
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        return self.stage.through(super().__call__, *arguments, **options)
+        output = self.stage.through(super().__call__, *arguments, **options)
+        return self.say(output) if self.stage.at_end else output
+
+    def say(self, output: Any) -> Any:
+        """The network's prediction, from what `forward` returns at its end."""
+        return output
+
+    def token_logits(self, hidden_BLW: Tensor, linear: str) -> TokenLogits:
+        """What the output layer of that name makes of hidden states, when it is asked."""
+        layer = self.get_submodule(linear) if self.stage.holds_end else None
+        return TokenLogits(hidden_BLW, layer, self.vocabulary, self.stage)
 
     def hidden_shape(self, num_rows: int, length: int) -> tuple[int, ...]:
         """Shape of the hidden states between two blocks, of rows with that many tokens."""

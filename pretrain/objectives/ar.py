@@ -11,8 +11,9 @@ from braid.parallel.layers import ALONE, Region
 from braid.pretrain.config.schema import Config
 from braid.pretrain.model.backbone import Backbone, Prediction
 from braid.pretrain.model.encoders import Encoder
+from braid.pretrain.model.token_logits import TokenLoss
 
-from .base import Figure, LossTerms, Noise, Objective, TokenCorrupted, special_ids, sum_positions, sum_terms
+from .base import Figure, LossTerms, Noise, Objective, Summed, TokenCorrupted, special_ids, sum_positions, sum_terms
 
 
 class AR(Objective):
@@ -33,15 +34,15 @@ class AR(Objective):
         dropout = noise.dropout_key(shifted.shape[1])
         return TokenCorrupted(tokens=shifted, targets=batch.tokens, loss_mask=batch.loss_mask, dropout=dropout)
 
-    def _nats(self, prediction: Prediction, corrupted: TokenCorrupted) -> Tensor:
-        return self.vocabulary.cross_entropy(prediction.logits, corrupted.targets, without=self.mask_id)
+    def _nats(self, prediction: Prediction, corrupted: TokenCorrupted) -> TokenLoss:
+        return prediction.tokens.cross_entropy(corrupted.targets, corrupted.rows, without=self.mask_id)
 
     def loss(self, prediction: Prediction, corrupted: TokenCorrupted) -> LossTerms:
-        return sum_terms({"token_loss": self._nats(prediction, corrupted)}, corrupted.loss_mask, None)
+        return sum_terms({"token_loss": Summed.of(self._nats(prediction, corrupted))}, corrupted.loss_mask, None)
 
     def evaluate(self, batch: Batch, noise: Noise) -> dict[str, Tensor]:
         corrupted = self.corrupt(batch, noise)
-        return {"nll": sum_positions(self._nats(self.predict(corrupted), corrupted), batch.loss_mask)}
+        return {"nll": sum_positions(self._nats(self.predict(corrupted), corrupted).values_BL, batch.loss_mask)}
 
 
 def build(config: Config, tokenizer: Tokenizer, encoder: Encoder | None, region: Region = ALONE) -> AR:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from braid.data_pipeline.loader import Batch, upload
 from braid.data_pipeline.tokenizers import Tokenizer
 from braid.kernels import random
+from braid.kernels.linear_loss import Rows
 from braid.kernels.noising import MASKED, joint_noising
 from braid.kernels.random import Stream
 from braid.parallel.context import Context
@@ -33,6 +35,7 @@ from braid.pretrain.diffusion.gumbel import gumbels
 from braid.pretrain.diffusion.times import evaluation_strata, time_buckets, training_strata
 from braid.pretrain.model.blocks import DropoutKey
 from braid.pretrain.model.network import Network
+from braid.pretrain.model.token_logits import TokenLoss
 
 NUM_TIME_BUCKETS = 10
 
@@ -164,13 +167,26 @@ class Corrupted:
     """float64 [B]; None for AR."""
     dropout: DropoutKey | None = None
 
+    @property
+    def token_scored(self) -> Tensor:
+        """Positions whose tokens the loss looks at, bool [B, L]."""
+        return self.loss_mask
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The same, for those who compute logits of no others."""
+        return Rows(self.token_scored)
+
     def part(self, context: Context) -> Self:
-        """What this process's positions need, where sequences are divided; the rest is left as it is."""
+        """What this process's positions need, where sequences are divided; the rest is left as it is. Comes before any
+        call of the network, and so begins to count `rows`."""
         values = {name: getattr(self, name) for name in self.by_position}
         parts: dict[str, Any] = {name: context.part(x) for name, x in values.items() if x is not None}
         if self.dropout is not None:
             parts["dropout"] = replace(self.dropout, positions=context.part(self.dropout.positions, 0))
-        return replace(self, **parts)
+        here = replace(self, **parts)
+        here.rows.begin()
+        return here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +198,11 @@ class TokenCorrupted(Corrupted):
     tokens: Tensor
     """Network input, int64 [B, L]."""
     masked: Tensor | None = None
-    """Positions whose token is masked, bool [B, L]."""
+    """Positions whose token is masked, bool [B, L]; None where there are no masks."""
+
+    @property
+    def token_scored(self) -> Tensor:
+        return self.loss_mask if self.masked is None else self.loss_mask & self.masked
 
 
 @dataclass(frozen=True)
@@ -242,6 +262,10 @@ class Objective(nn.Module):
     causal = False
     extra_forward_passes = 0.0
     """Forward passes without gradient that a training step makes beside the main one, per sequence."""
+    token_share = 1.0
+    """Share of the positions whose logits a training step computes, expected."""
+    whole_logits = False
+    """All logits of a micro-batch exist together in training."""
     follows_row_losses = False
     """Some gradients depend on the losses of rows (`finish_gradients`)."""
     encoder: Any = None
@@ -318,25 +342,44 @@ def advance(passes: Generator[Pass, Tensor, Corrupted], result: Tensor | None = 
         return done.value
 
 
+class Summed(NamedTuple):
+    """A term whose sum over the positions that count is there already."""
+
+    total: Tensor
+    """Scalar to back-propagate."""
+    values_BL: Tensor
+    """Detached, weights included."""
+
+    @staticmethod
+    def of(loss: TokenLoss, weights_BL: Tensor | float = 1.0) -> Summed:
+        """A loss of tokens that was computed with these weights, which broadcast to [B, L]."""
+        return Summed(loss.total, weights_BL * loss.values_BL)
+
+
 def sum_terms(
-    terms_BL: dict[str, Tensor],
+    terms_BL: dict[str, Tensor | Summed],
     loss_mask_BL: Tensor,
     times_B: Tensor | None,
     statistics: dict[str, Tensor] | None = None,
 ) -> LossTerms:
     """Add up per-position losses (float32 or float64 [B, L], weights included) where `loss_mask` is True."""
-    weight_BL = loss_mask_BL.float()
-    total_BL = sum(terms_BL.values()) * weight_BL
+    weight_BL = loss_mask_BL.double()
+    detached = {
+        name: (term.values_BL if isinstance(term, Summed) else term.detach().double()) * weight_BL
+        for name, term in terms_BL.items()
+    }
+    totals = [term.total if isinstance(term, Summed) else (term * weight_BL).sum() for term in terms_BL.values()]
+    total_BL = sum(detached.values())
     buckets: dict[str, Tensor] = {}
     if times_B is not None:
         index_B = time_buckets(times_B, NUM_TIME_BUCKETS)
         zeros = torch.zeros(NUM_TIME_BUCKETS, dtype=torch.float64, device=weight_BL.device)
-        buckets["bucket_sums"] = zeros.index_add(0, index_B, total_BL.detach().double().sum(1))
-        buckets["bucket_counts"] = zeros.index_add(0, index_B, weight_BL.double().sum(1))
+        buckets["bucket_sums"] = zeros.index_add(0, index_B, total_BL.sum(1))
+        buckets["bucket_counts"] = zeros.index_add(0, index_B, weight_BL.sum(1))
     return LossTerms(
-        total=total_BL.sum(),
+        total=sum(totals),
         count=loss_mask_BL.sum(),
-        terms={name: (value.detach().double() * weight_BL).sum() for name, value in terms_BL.items()},
+        terms={name: value.sum() for name, value in detached.items()},
         statistics=statistics or {},
         **buckets,
     )

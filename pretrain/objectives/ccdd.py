@@ -18,10 +18,10 @@ from torch import Tensor
 
 from braid.data_pipeline.loader import Batch
 from braid.data_pipeline.tokenizers import Tokenizer
+from braid.kernels.linear_loss import Rows
 from braid.parallel.layers import ALONE, Region
 from braid.pretrain.config.objectives.ccdd import CCDDConfig
 from braid.pretrain.config.schema import Config, ModelConfig
-from braid.pretrain.diffusion.absorbing import masked_cross_entropy
 from braid.pretrain.diffusion.gaussian import posterior_mean, reconstruction_nats
 from braid.pretrain.diffusion.schedules import GaussianSchedule, LogLinear, continuous_weight
 from braid.pretrain.diffusion.times import BOUND_TIME_MIN, log_uniform_mixture, second_strata, to_range
@@ -31,7 +31,7 @@ from braid.pretrain.model.joint import JointNetwork, JointPrediction, MDiT
 from braid.pretrain.model.mixture_of_experts import MoEDiT, balance_loss, routing_metrics
 from braid.pretrain.model.two_stream import MMDiT
 
-from .base import Figure, LossTerms, Noise, Objective, TokenCorrupted, special_ids, sum_positions, sum_terms
+from .base import Figure, LossTerms, Noise, Objective, Summed, TokenCorrupted, special_ids, sum_positions, sum_terms
 
 FULL_VISIBILITY_COIN, P_R_COIN, LATENT_DROPOUT_COIN, TOKEN_DROPOUT_COIN = 1, 2, 3, 5
 HIDDEN_WORD = 2
@@ -61,6 +61,7 @@ class CCDD(Objective):
     """CCDD with any of its three networks."""
 
     name = "ccdd"
+    token_share = 0.5
 
     def __init__(
         self, config: CCDDConfig, network: JointNetwork, encoder: Encoder, *, conditional: bool = True, **ids: int
@@ -175,20 +176,17 @@ class CCDD(Objective):
         tokens' even where they differ); float64."""
         return self.config.continuous_scale * continuous_weight(self.config.continuous_weight, times, self.schedule)
 
-    def _nats(self, prediction: JointPrediction, targets: Tensor, masked: Tensor) -> Tensor:
-        """Cross-entropy of masked tokens, [B, L]."""
-        return masked_cross_entropy(prediction.logits, targets, masked, self.mask_id, self.vocabulary)
-
     def loss(self, prediction: JointPrediction, corrupted: JointCorrupted) -> LossTerms:
-        nats = self._nats(prediction, corrupted.targets, corrupted.masked)
-        terms = {"token_loss": self.token_weight(corrupted.times).float()[:, None] * nats}
+        weight, place = self.token_weight(corrupted.times).float()[:, None], (corrupted.targets, corrupted.rows)
+        nats = prediction.tokens.cross_entropy(*place, weight, without=self.mask_id)
+        terms = {"token_loss": Summed.of(nats, weight)}
         if not self.features:
             error = (prediction.latents - corrupted.latent_targets).square().clamp(max=ERROR_CLIP).mean(-1)
             weight = self.latent_weight(corrupted.latent_times).float() * corrupted.latent_weight
             terms["latent_loss"] = weight[:, None] * error
         if self.config.experts.balance:
             balance = balance_loss(prediction.routing, corrupted.loss_mask, self.context)
-            terms["balance_loss"] = self.config.experts.balance * balance[:, None].expand_as(nats)
+            terms["balance_loss"] = self.config.experts.balance * balance[:, None].expand_as(corrupted.loss_mask)
         loss = sum_terms(terms, corrupted.loss_mask, corrupted.times)
         if self.config.architecture == "moedit":
             use = routing_metrics(prediction.routing).items()
@@ -256,7 +254,8 @@ class CCDD(Objective):
 
     def _token_density(self, corrupted: JointCorrupted) -> Tensor:
         """The integrand of the discrete NELBO at the times of each sequence, float64 [B]."""
-        nats = self._nats(self.predict(corrupted), corrupted.targets, corrupted.masked)
+        place = corrupted.targets, corrupted.rows
+        nats = self.predict(corrupted).tokens.cross_entropy(*place, without=self.mask_id).values_BL
         return SURVIVAL.elbo_weight(corrupted.times) * sum_positions(nats, corrupted.loss_mask)
 
     def _joint_nelbo(self, batch: Batch, noise: Noise) -> Tensor:
@@ -282,7 +281,8 @@ class CCDD(Objective):
         tokens, masked = self._masked(batch, noise, times)
         z_t = self._noised(self._with_given(z_0, batch), noise, times)
         prediction = self.denoise(tokens, times, z_t)
-        nats = self._nats(prediction, batch.tokens, masked)
+        rows = Rows(masked & batch.loss_mask)
+        nats = prediction.tokens.cross_entropy(batch.tokens, rows, without=self.mask_id).values_BL
         estimate = posterior_mean(z_t, prediction.latents, times, self.config.latent_sigma, self.schedule)
         error = (z_0.double() - estimate).square().sum(-1)
         return sum_positions(nats, batch.loss_mask), sum_positions(error, batch.loss_mask)

@@ -31,7 +31,7 @@ from braid.pretrain.model.latent_denoiser import LatentDenoiser
 from braid.pretrain.model.latent_encoder import LatentEncoder
 from braid.pretrain.model.pooling import unit_norm
 
-from .base import Figure, LossTerms, Noise, special_ids, sum_terms
+from .base import Figure, LossTerms, Noise, Summed, special_ids, sum_terms
 from .ladd import (
     LADD,
     LATENTS_OFF,
@@ -158,18 +158,20 @@ class CoLADD(LADD):
 
     def loss(self, prediction: SlotPrediction, corrupted: CoCorrupted) -> LossTerms:
         """Sums over positions: a sequence's mean squared error stands at each of its positions."""
-        nats = self.token_nats(prediction, corrupted.targets, corrupted.masked)
+        mask, time_weight = corrupted.loss_mask, corrupted.time_weight[:, None]
+        independence = self.independence_terms(prediction, corrupted.masked)  # first: where it makes all logits, they
+        # serve for all that follows
+        nats = self.token_nats(prediction, corrupted.targets, corrupted.rows, time_weight)
         error = self.context.mean((prediction.latents - corrupted.latent_targets).square().mean(2))
         latent_weight = self.latent_scale() * corrupted.time_weight * corrupted.latent_weight
         terms = {
-            "token_loss": corrupted.time_weight[:, None] * nats,
-            "latent_loss": (latent_weight * error)[:, None].expand_as(nats),
+            "token_loss": Summed.of(nats, time_weight),
+            "latent_loss": (latent_weight * error)[:, None].expand_as(mask),
         }
         if self.config.latent_prior_scale:
             prior = self.context.mean(corrupted.latent_targets.square().mean(2)) / 2
-            terms["prior_loss"] = self.config.latent_prior_scale * prior[:, None].expand_as(nats)
-        terms |= self.independence_terms(prediction, corrupted.masked)
-        return sum_terms(terms, corrupted.loss_mask, corrupted.times)
+            terms["prior_loss"] = self.config.latent_prior_scale * prior[:, None].expand_as(mask)
+        return sum_terms(terms | independence, mask, corrupted.times)
 
     # -- evaluation --------------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ from braid.pretrain.model.gumbel_codebook import GumbelCodebook
 from braid.pretrain.model.joint_attention import JointDenoiser, SlotPrediction
 from braid.pretrain.model.latent_encoder import LatentEncoder
 
-from .base import Figure, LossTerms, Noise, special_ids, sum_terms
+from .base import Figure, LossTerms, Noise, Summed, special_ids, sum_terms
 from .ladd import (
     LADD,
     LATENTS_OFF,
@@ -160,14 +160,16 @@ class DiLADD(LADD):
     def loss(self, prediction: SlotPrediction, corrupted: DiCorrupted) -> LossTerms:
         """Sums over positions: what belongs to a sequence stands at each of its positions. Diagnostics beside the
         terms of the loss: the perplexity of the codes in use, and how many the last step replaced."""
-        nats = self.token_nats(prediction, corrupted.targets, corrupted.masked)
+        mask = corrupted.loss_mask
+        independence = self.independence_terms(prediction, corrupted.masked)  # first: where it makes all logits, they
+        # serve for all that follows
+        nats = self.token_nats(prediction, corrupted.targets, corrupted.rows)
         code_nats = self.code_nats(prediction, corrupted.latent_targets, corrupted.masked_codes)
         latent_loss = self.latent_scale() * corrupted.latent_weight * self.context.mean(code_nats)
-        terms = {"token_loss": nats, "latent_loss": latent_loss[:, None].expand_as(nats)}
-        terms |= self.independence_terms(prediction, corrupted.masked)
+        terms = {"token_loss": Summed.of(nats), "latent_loss": latent_loss[:, None].expand_as(mask)} | independence
         if self.latent_encoder is not None and self.config.quantiser == "vq":
-            terms["commitment_loss"] = self.config.commitment * corrupted.commitment[:, None].expand_as(nats)
-        loss = sum_terms(terms, corrupted.loss_mask, corrupted.times, corrupted.statistics)
+            terms["commitment_loss"] = self.config.commitment * corrupted.commitment[:, None].expand_as(mask)
+        loss = sum_terms(terms, mask, corrupted.times, corrupted.statistics)
         perplexity, replaced = self.codebook.usage()
         usage = {"code_perplexity": perplexity * loss.count, "codes_replaced": replaced * loss.count}
         return replace(loss, terms=loss.terms | usage)

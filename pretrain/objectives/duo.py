@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,12 +14,12 @@ from braid.parallel.layers import ALONE, Region
 from braid.pretrain.config.schema import Config
 from braid.pretrain.diffusion.duality import soft_tokens, token_survival
 from braid.pretrain.diffusion.times import BOUND_TIME_MIN, to_range
-from braid.pretrain.diffusion.uniform import decoding_nats, in_float64, uniform_nats
+from braid.pretrain.diffusion.uniform import MarginalDivergence, decoding_nats, jump_weight
 from braid.pretrain.model.backbone import Backbone, Prediction
 from braid.pretrain.model.encoders import Encoder
 from braid.pretrain.model.network import Network
 
-from .base import Corrupted, Figure, LossTerms, Noise, Objective, special_ids, sum_positions, sum_terms
+from .base import Corrupted, Figure, LossTerms, Noise, Objective, Summed, special_ids, sum_positions, sum_terms
 
 PUBLISHED_EPS = 1e-3
 
@@ -112,14 +112,18 @@ class Duo(Objective):
             dropout=noise.dropout_key(length),
         )
 
-    def nats(self, logits: Tensor, noised: Tensor, targets: Tensor, times: Tensor) -> Tensor:
-        """NELBO density per unit of survival, float64 [B, L]; its vocabulary-wide part in the precision of `logits`."""
-        probabilities = self.vocabulary.softmax(self.vocabulary.without(logits, self.mask_id))
-        return uniform_nats(probabilities, noised, targets, 1 - times, self.num_tokens, self.vocabulary)
+    def nats(self, prediction: Prediction, corrupted: DuoCorrupted, *, precise: bool = False) -> Summed:
+        """NELBO density times `speed` at each position; `precise`: float64 over the vocabulary, too."""
+        survival, shape = 1 - corrupted.times, corrupted.targets.shape
+        place = corrupted.noised, corrupted.targets
+        weight = corrupted.speed[:, None] * jump_weight(*place, survival, self.num_tokens)
+        survival = survival[:, None].expand(shape)
+        each = (values.flatten() for values in (*place, survival, (1 - survival) / self.num_tokens, weight))
+        divergence = MarginalDivergence(*each, self.mask_id, self.vocabulary, precise)
+        return Summed.of(prediction.tokens.loss(divergence, corrupted.rows, shape), weight)
 
     def loss(self, prediction: Prediction, corrupted: DuoCorrupted) -> LossTerms:
-        nats = self.nats(prediction.logits, corrupted.noised, corrupted.targets, corrupted.times)
-        return sum_terms({"token_loss": corrupted.speed[:, None] * nats}, corrupted.loss_mask, corrupted.times)
+        return sum_terms({"token_loss": self.nats(prediction, corrupted)}, corrupted.loss_mask, corrupted.times)
 
     # -- evaluation --------------------------------------------------------------------------------------------
 
@@ -136,9 +140,9 @@ class Duo(Objective):
 
     def _density(self, batch: Batch, noise: Noise, times: Tensor) -> Tensor:
         """NELBO density of each sequence per unit of survival, float64 throughout: [B]."""
-        corrupted = self._corrupt(batch, noise, times)
-        logits = self.predict(corrupted).logits
-        return sum_positions(in_float64(self.nats, logits, corrupted.noised, batch.tokens, times), batch.loss_mask)
+        corrupted = replace(self._corrupt(batch, noise, times), speed=torch.ones_like(times))
+        density = self.nats(self.predict(corrupted), corrupted, precise=True)
+        return sum_positions(density.values_BL, batch.loss_mask)
 
     def schedule_curves(self, times: Tensor) -> dict[str, Tensor]:
         return {"token survival": 1 - times}

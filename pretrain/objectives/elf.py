@@ -35,8 +35,9 @@ from braid.pretrain.diffusion.flow import (
 from braid.pretrain.model.elf_network import ELFNetwork, ELFPrediction
 from braid.pretrain.model.encoders import Encoder
 from braid.pretrain.model.t5_encoder import text_latents
+from braid.pretrain.model.token_logits import TokenLogits
 
-from .base import Corrupted, Figure, LossTerms, Noise, Objective, Pass, special_ids, sum_positions, sum_terms
+from .base import Corrupted, Figure, LossTerms, Noise, Objective, Pass, Summed, special_ids, sum_positions, sum_terms
 
 DECODE_COIN, GUIDANCE_COIN, SELF_CONDITION_COIN, DROP_CONDITION_COIN = 1, 2, 3, 4
 NO_GUIDANCE = 1.0
@@ -71,14 +72,17 @@ class FlowCorrupted(Corrupted):
         """Where there is text, bool [B, L]."""
         return self.loss_mask | self.condition
 
+    @property
+    def token_scored(self) -> Tensor:
+        return self.loss_mask & self.decode[:, None]
+
 
 class FlowPrediction(NamedTuple):
     """What the network says in training, and what the denoiser is compared with."""
 
     latents: Tensor
     """float32 [B, L, D]."""
-    logits: Tensor
-    """float32 [B, L, V]."""
+    tokens: TokenLogits
     target: Tensor
     """x moved by training-time guidance, float32 [B, L, D], without gradient."""
 
@@ -105,7 +109,7 @@ class ELF(Objective):
 
     def __init__(self, config: Any, network: ELFNetwork, encoder: Encoder, *, paired: bool = False, **ids: int) -> None:
         super().__init__(config, network, **ids)
-        self.encoder = encoder
+        self.encoder, self.token_share = encoder, config.decode_probability
         std = 1.0 if config.encoder.kind == "trained" else config.latent_std  # its channels are normalised already
         self.text = text_latents(encoder, latent_dim=network.latent_dim, std=std)
         self.paired = paired
@@ -181,7 +185,7 @@ class ELF(Objective):
             return output
         strength = (corrupted.self_conditioned * (1 - 1 / corrupted.guidance)).float()[:, None, None]
         target = guided_target(corrupted.clean, first, second, strength)
-        return FlowPrediction(output.latents, output.logits, target)
+        return FlowPrediction(output.latents, output.tokens, target)
 
     def loss(self, prediction: FlowPrediction, corrupted: FlowCorrupted) -> LossTerms:
         decode = corrupted.decode[:, None]
@@ -189,13 +193,9 @@ class ELF(Objective):
         weight = velocity_weight(corrupted.flow_times, self.config.velocity_floor).float()[:, None]
         terms = {
             "denoise_loss": torch.where(decode, 0.0, weight * error),
-            "decode_loss": torch.where(decode, self._nats(prediction.logits, corrupted.targets), 0.0),
+            "decode_loss": Summed.of(prediction.tokens.cross_entropy(corrupted.targets, corrupted.rows)),
         }
         return sum_terms(terms, corrupted.loss_mask, corrupted.times)
-
-    def _nats(self, logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
-        """Cross-entropy over the whole vocabulary, [B, L]."""
-        return self.vocabulary.cross_entropy(logits_BLV, targets_BL)
 
     # -- calls of the network ----------------------------------------------------------------------------------
 
@@ -229,8 +229,9 @@ class ELF(Objective):
 
         def decoded(shares: Tensor) -> tuple[Tensor, Tensor]:
             corrupted = self._noised(batch, noise, clean, decode=everywhere, shares=shares, **common)
-            logits = self._call(corrupted, torch.zeros_like(clean), heads=("decode",)).logits
-            return self._nats(logits, batch.tokens), self.vocabulary.gather(logits).argmax(-1) == batch.tokens
+            prediction = self._call(corrupted, torch.zeros_like(clean), heads=("decode",))
+            right = self.vocabulary.gather(prediction.logits).argmax(-1) == batch.tokens
+            return prediction.tokens.cross_entropy(batch.tokens, corrupted.rows).values_BL, right
 
         nats, right = decoded(shares)
         nats_clean, right_clean = decoded(torch.ones_like(shares))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -13,12 +12,12 @@ from braid.parallel.layers import ALONE, Region
 from braid.pretrain.config.schema import Config
 from braid.pretrain.diffusion.hybrid import Hybrid
 from braid.pretrain.diffusion.times import to_range
-from braid.pretrain.diffusion.uniform import in_float64
 from braid.pretrain.model.backbone import Backbone, Prediction
 from braid.pretrain.model.encoders import Encoder
 from braid.pretrain.model.network import Network
+from braid.pretrain.model.token_logits import TokenLoss
 
-from .base import Figure, LossTerms, Noise, Objective, TokenCorrupted, special_ids, sum_positions, sum_terms
+from .base import Figure, LossTerms, Noise, Objective, Summed, TokenCorrupted, special_ids, sum_positions, sum_terms
 
 PUBLISHED_EPS = 1e-4
 
@@ -46,6 +45,7 @@ class GIDD(Objective):
     def __init__(self, config: Any, network: Network, *, mask_id: int, bos_id: int, eos_id: int) -> None:
         super().__init__(config, network, mask_id=mask_id, bos_id=bos_id, eos_id=eos_id)
         self.process = Hybrid(config.p_uniform, config.gamma, network.vocab_size - 1)
+        self.token_share = 0.5 if config.p_uniform == 0 else 1.0
 
     def corrupt(self, batch: Batch, noise: Noise) -> TokenCorrupted:
         return self._corrupt(batch, noise, to_range(noise.strata, self.config.time_eps, 1 - self.config.time_eps))
@@ -65,17 +65,31 @@ class GIDD(Objective):
             targets=batch.tokens,
             loss_mask=batch.loss_mask,
             times=times,
-            masked=tokens == self.mask_id,
+            # With uniform noise the loss is about all tokens.
+            masked=tokens == self.mask_id if process.p_uniform == 0 else None,
             dropout=noise.dropout_key(length),
         )
 
     def loss(self, prediction: Prediction, corrupted: TokenCorrupted) -> LossTerms:
         process = self.process
         weight = process.elbo_weight if self.config.token_weight == "elbo" else process.dynamic_weight
-        place = corrupted.tokens, corrupted.targets, corrupted.times, self.mask_id
-        divergence = process.divergence(prediction.logits, *place, self.vocabulary)
-        terms = {"token_loss": weight(*place) * divergence}
-        return sum_terms(terms, corrupted.loss_mask, corrupted.times)
+        weight_BL = weight(corrupted.tokens, corrupted.targets, corrupted.times, self.mask_id)
+        term = Summed.of(self._divergence(prediction, corrupted, weight_BL), weight_BL)
+        return sum_terms({"token_loss": term}, corrupted.loss_mask, corrupted.times)
+
+    def _divergence(
+        self, prediction: Prediction, corrupted: TokenCorrupted, weight_BL: Tensor, *, precise: bool = False
+    ) -> TokenLoss:
+        """KL plus Itakura-Saito divergence of true and predicted marginals; see `Hybrid.divergence`."""
+        process, tokens, targets = self.process, corrupted.tokens, corrupted.targets
+        if process.p_uniform == 0:
+            survival = process.survival(corrupted.times)[:, None]
+            weight = survival * weight_BL
+            nats = prediction.tokens.cross_entropy(targets, corrupted.rows, weight, without=self.mask_id)
+            return TokenLoss(nats.total, survival * nats.values_BL)
+        common = {"mask_id": self.mask_id, "vocabulary": self.vocabulary, "precise": precise}
+        divergence = process.divergence(tokens, targets, corrupted.times, weight_BL, **common)
+        return prediction.tokens.loss(divergence, corrupted.rows, targets.shape)
 
     def evaluate(self, batch: Batch, noise: Noise) -> dict[str, Tensor]:
         times, speed = self.process.bound_times(noise.strata)
@@ -88,10 +102,9 @@ class GIDD(Objective):
     def _density(self, batch: Batch, noise: Noise, times: Tensor) -> Tensor:
         """NELBO density of each sequence per unit of time, float64 throughout: [B]."""
         corrupted = self._corrupt(batch, noise, times)
-        place = corrupted.tokens, batch.tokens, times
-        divergence = partial(self.process.divergence, mask_id=self.mask_id, vocabulary=self.vocabulary)
-        nats = in_float64(divergence, self.predict(corrupted).logits, *place)
-        return sum_positions(self.process.elbo_weight(*place, self.mask_id) * nats, batch.loss_mask)
+        weight_BL = self.process.elbo_weight(corrupted.tokens, batch.tokens, times, self.mask_id)
+        nats = self._divergence(self.predict(corrupted), corrupted, weight_BL, precise=True).values_BL
+        return sum_positions(weight_BL * nats, batch.loss_mask)
 
     def schedule_curves(self, times: Tensor) -> dict[str, Tensor]:
         return {

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from braid.data_pipeline.loader import Batch
 from braid.data_pipeline.tokenizers import Tokenizer
+from braid.kernels.linear_loss import Rows
 from braid.kernels.random import fold_key
 from braid.parallel.context import UNDIVIDED
 from braid.parallel.layers import Region
 from braid.pretrain.config.schema import Config
-from braid.pretrain.diffusion.absorbing import masked_cross_entropy
 from braid.pretrain.diffusion.ladd import Survival, independence_nats, warmup_factor
 from braid.pretrain.model.blocks import DropoutKey
 from braid.pretrain.model.encoders import Encoder
@@ -32,6 +32,7 @@ from braid.pretrain.model.joint_attention import JointDenoiser, SlotPrediction
 from braid.pretrain.model.latent_encoder import LatentEncoder
 from braid.pretrain.model.network import Network
 from braid.pretrain.model.pooling import encode_slots
+from braid.pretrain.model.token_logits import TokenLoss
 
 from .base import Figure, Noise, Objective, TokenCorrupted, sum_positions
 
@@ -104,6 +105,8 @@ class LADD(Objective):
         assert (encoder is None) != (latent_encoder is None), "the slots come from one encoder"
         assert encoder is None or not encoder.leaky, "LADD hides tokens before the encoder"
         self.encoder, self.latent_encoder = encoder, latent_encoder
+        self.whole_logits = config.independence_scale > 0
+        self.token_share = 1.0 if self.whole_logits else 0.5
         self.training_survival = Survival(eps=config.time_eps)
 
     # -- corruption --------------------------------------------------------------------------------------------
@@ -157,9 +160,11 @@ class LADD(Objective):
         blind = self.network(corrupted.without_tokens, latents, torch.ones_like(corrupted.times), times, dropout)
         return prediction._replace(without_tokens=blind.logits)
 
-    def token_nats(self, prediction: SlotPrediction, targets: Tensor, masked: Tensor) -> Tensor:
-        """Cross-entropy of masked tokens, [B, L]."""
-        return masked_cross_entropy(prediction.logits, targets, masked, self.mask_id, self.vocabulary)
+    def token_nats(
+        self, prediction: SlotPrediction, targets: Tensor, rows: Rows, weights_BL: Tensor | None = None
+    ) -> TokenLoss:
+        """Cross-entropy of masked tokens, `rows`."""
+        return prediction.tokens.cross_entropy(targets, rows, weights_BL, without=self.mask_id)
 
     def latent_scale(self) -> float:
         """Factor of the latent loss: 0 in stage one, then as the warm-up says."""
@@ -191,7 +196,7 @@ class LADD(Objective):
         network says, of x_t (`text`: tokens and where they are masked) and y_t."""
         tokens, masked = text
         prediction = self.network(tokens, latents_BSD, times_B, latent_times_B)
-        nats = self.token_nats(prediction, batch.tokens, masked)
+        nats = self.token_nats(prediction, batch.tokens, Rows(masked & batch.loss_mask)).values_BL
         return sum_positions(nats, batch.loss_mask), prediction
 
 

@@ -9,13 +9,13 @@ from braid.data_pipeline.loader import Batch
 from braid.data_pipeline.tokenizers import Tokenizer
 from braid.parallel.layers import ALONE, Region
 from braid.pretrain.config.schema import Config
-from braid.pretrain.diffusion.absorbing import masked_cross_entropy
 from braid.pretrain.diffusion.schedules import LogLinear
 from braid.pretrain.diffusion.times import BOUND_TIME_MIN, to_range
 from braid.pretrain.model.backbone import Backbone, Prediction
 from braid.pretrain.model.encoders import Encoder
+from braid.pretrain.model.token_logits import TokenLoss
 
-from .base import Figure, LossTerms, Noise, Objective, TokenCorrupted, special_ids, sum_positions, sum_terms
+from .base import Figure, LossTerms, Noise, Objective, Summed, TokenCorrupted, special_ids, sum_positions, sum_terms
 
 BOUND = LogLinear(eps=0.0)
 PUBLISHED = LogLinear(eps=1e-3)
@@ -26,6 +26,7 @@ class MDLM(Objective):
     """Masked diffusion with the SUBS parametrisation and the log-linear schedule."""
 
     name = "mdlm"
+    token_share = 0.5
     figures = (
         Figure("bound", "token bound", True, "NELBO with eps = 0, t in [1e-5, 1]"),
         Figure("published", "published convention", False, "mean over t in [1e-3, 1], eps = 1e-3: some 0.007 nats low"),
@@ -56,15 +57,14 @@ class MDLM(Objective):
             return torch.ones_like(times)
         return LogLinear(self.config.schedule_eps).elbo_weight(times)
 
-    def _nats(self, prediction: Prediction, corrupted: TokenCorrupted) -> Tensor:
-        """Cross-entropy of masked tokens, [B, L]."""
-        place = corrupted.targets, corrupted.masked, self.mask_id
-        return masked_cross_entropy(prediction.logits, *place, self.vocabulary)
+    def _nats(self, prediction: Prediction, corrupted: TokenCorrupted, weights_BL: Tensor | None = None) -> TokenLoss:
+        """Cross-entropy of masked tokens."""
+        return prediction.tokens.cross_entropy(corrupted.targets, corrupted.rows, weights_BL, without=self.mask_id)
 
     def loss(self, prediction: Prediction, corrupted: TokenCorrupted) -> LossTerms:
-        nats = self._nats(prediction, corrupted)
-        weighted = self.weight(corrupted.times).float()[:, None] * nats
-        return sum_terms({"token_loss": weighted}, corrupted.loss_mask, corrupted.times)
+        weight = self.weight(corrupted.times).float()[:, None]
+        term = Summed.of(self._nats(prediction, corrupted, weight), weight)
+        return sum_terms({"token_loss": term}, corrupted.loss_mask, corrupted.times)
 
     def evaluate(self, batch: Batch, noise: Noise) -> dict[str, Tensor]:
         return {
@@ -75,7 +75,7 @@ class MDLM(Objective):
 
     def _weighted_nats(self, batch: Batch, noise: Noise, schedule: LogLinear, time_min: float) -> Tensor:
         corrupted = self._corrupt(batch, noise, schedule, time_min)
-        nats = self._nats(self.predict(corrupted), corrupted)
+        nats = self._nats(self.predict(corrupted), corrupted).values_BL
         return schedule.elbo_weight(corrupted.times) * sum_positions(nats, corrupted.loss_mask)
 
     def schedule_curves(self, times: Tensor) -> dict[str, Tensor]:

@@ -88,6 +88,7 @@ class RePlaid(Objective):
 
     name = "replaid"
     follows_row_losses = True
+    whole_logits = True
     figures = (
         Figure("bound", "token bound", True, "prior, reconstruction and diffusion, t in [0, 1]"),
         Figure("prior", "prior term of the bound", False, "KL of z_1 to a standard normal"),

@@ -88,6 +88,7 @@ class T5(Objective):
     """Cross-entropy of the target, sentinels included, as in the paper."""
 
     name = "t5"
+    whole_logits = True
     figures = (
         Figure("span_loss", "cross-entropy of the spans left out", False,
                "nats per target token, sentinels included, given the text around them", "value"),

@@ -8,12 +8,12 @@ from braid.parallel.plan import ParallelConfig, deal_blocks
 from braid.pretrain.config.schema import Config
 from braid.pretrain.model.elf_network import ELFNetwork
 from braid.pretrain.model.flops import TrainingFlops
-from braid.pretrain.model.network import Network
+from braid.pretrain.objectives.base import Objective
 
 from .activations import FLOAT, HALF, Cost, block_costs, head_bytes
 from .facts import plan_facts
 from .hardware import EFFICIENCY, GIB, GPU
-from .memory import USABLE, Load, StageMemory, micro_batches_in_flight, stage_memory
+from .memory import USABLE, Head, Load, StageMemory, micro_batches_in_flight, stage_memory
 from .network import (
     PARTS,
     PlannedParameter,
@@ -64,6 +64,7 @@ class Timing:
     step: float | None
     tokens_per_second: float | None
     mfu: float | None
+    """Of the FLOPs that are needed, the head's at scored positions alone."""
     total: float | None
     """The whole run's."""
 
@@ -82,7 +83,9 @@ class Estimate:
     stages: list[Stage]
     usable_memory: float | None
     model_flops: float
-    """Of all processes for one optimizer step, recomputation left out."""
+    """Of all processes for one optimizer step, recomputation left out, the head at every position."""
+    needed_flops: float
+    """The same with the head at the positions whose logits the loss needs."""
     timing: Timing
     checkpoint: dict[str, float]
     """Bytes on disk by group of tensors, and `total`."""
@@ -116,12 +119,12 @@ def estimate(config: Config, machine: Machine, vocabulary: VocabularySize) -> Es
     axes = plan_axes(plan, machine.num_gpus, machine.gpus_per_node)
     rows = config.training.micro_batch_size * axes["data"].size
     num_micro_batches = config.training.global_batch_size // rows
-    loads = _loads(config, network, parameters, num_micro_batches)
+    loads = _loads(config, objective, parameters, num_micro_batches)
     encoder_bytes = frozen_encoder_bytes(config, vocabulary.size)
 
     per_token = network.training_flops(config.data.sequence_length)
     extra = objective.extra_forward_passes / 3
-    flops = [_stage_flops(load, config, per_token, extra) for load in loads]
+    flops = [_stage_flops(load, config, per_token, extra, objective.token_share) for load in loads]
     stages = []
     for load, work in zip(loads, flops, strict=True):
         memory = stage_memory(load, config, num_ranks=axes["reduction"].size, encoder_bytes=encoder_bytes or 0.0)
@@ -130,6 +133,7 @@ def estimate(config: Config, machine: Machine, vocabulary: VocabularySize) -> Es
 
     tokens = config.training.global_batch_size * config.data.sequence_length
     model_flops = per_token.total * (1 + extra) * tokens
+    needed_flops = per_token.needed(objective.token_share) * (1 + extra) * tokens
     return Estimate(
         parameters=_by_part(parameters),
         copies_share=padding_share(parameters, plan.tensor),
@@ -139,7 +143,8 @@ def estimate(config: Config, machine: Machine, vocabulary: VocabularySize) -> Es
         stages=stages,
         usable_memory=machine.gpu.memory and machine.gpu.memory * USABLE,
         model_flops=model_flops,
-        timing=_timing(config, machine, stages, num_micro_batches, model_flops, tokens),
+        needed_flops=needed_flops,
+        timing=_timing(config, machine, stages, num_micro_batches, needed_flops, tokens),
         checkpoint=_checkpoint(config, parameters, encoder_bytes),
         notes=_notes(config, axes, num_micro_batches, encoder_bytes, loads[0].costs is None),
     )
@@ -158,12 +163,22 @@ def _dealt(config: Config) -> list[list[tuple[int, ...]]]:
     return deal_blocks(facts.num_layers, plan.pipeline, plan.virtual, alternates=facts.alternates)
 
 
-def _loads(config: Config, network: Network, parameters: list[PlannedParameter], num_micro_batches: int) -> list[Load]:
-    plan, half = config.parallel, config.run.precision == "bf16"
+def _loads(
+    config: Config, objective: Objective, parameters: list[PlannedParameter], num_micro_batches: int
+) -> list[Load]:
+    plan, half, network = config.parallel, config.run.precision == "bf16", objective.network
     sequences, length = config.training.micro_batch_size, config.data.sequence_length
     costs = block_costs(network, sequences=sequences, length=length, half=half)
     divided = costs and [divided_cost(cost, plan, HALF if half else FLOAT) for cost in costs]
-    positions = sequences * length / plan.context
+    output = Head(
+        positions=sequences * length // plan.context,
+        num_tokens=-(-network.vocab_size // plan.tensor),
+        width=network.latent_dim if isinstance(network, ELFNetwork) else network.config.width,
+        whole_logits=objective.whole_logits,
+    )
+    # Duo's curriculum shows the network weights over the vocabulary, which a product then keeps as it takes them.
+    soft = getattr(config.objective, "curriculum_steps", 0) > 0
+    soft_bytes = soft * output.positions * network.vocab_size * (FLOAT + (HALF if half else 0))
     # All networks but ELF's keep the hidden states of the head divided, too.
     spread = plan.tensor if plan.sequence and not isinstance(network, ELFNetwork) else 1
     head = head_bytes(network, costs, sequences=sequences, length=length, half=half) if costs else 0.0
@@ -178,8 +193,9 @@ def _loads(config: Config, network: Network, parameters: list[PlannedParameter],
                 stage=stage,
                 parameters=[parameter for parameter in parameters if parameter.place in here],
                 costs=divided and [divided[block] for block in blocks],
-                num_logits=positions * -(-network.vocab_size // plan.tensor) if stage == last else 0.0,
+                head=output if stage == last else None,
                 head_kept=head if stage == last else 0.0,
+                inputs_kept=soft_bytes if stage == 0 else 0.0,
                 in_flight=micro_batches_in_flight(plan, stage, num_micro_batches),
             )
         )
@@ -205,14 +221,15 @@ def divided_cost(cost: Cost, plan: ParallelConfig, num_bytes: int) -> Cost:
     )
 
 
-def _stage_flops(load: Load, config: Config, per_token: TrainingFlops, extra: float) -> float:
-    """FLOPs of one process of the stage for one micro-batch. All blocks count alike."""
+def _stage_flops(load: Load, config: Config, per_token: TrainingFlops, extra: float, token_share: float) -> float:
+    """FLOPs of one process of the stage for one micro-batch, the head at the positions that need it. All blocks count
+    alike."""
     tokens = config.training.micro_batch_size * config.data.sequence_length
     num_blocks = config.model.num_layers
     here = sum(len(piece) for piece in _dealt(config)[load.stage]) / num_blocks
     again = 1 / 3 if config.model.activation_checkpointing == "block" else 0.0
     blocks = (per_token.linear + per_token.attention + per_token.conditioning) * here
-    head = per_token.head if load.num_logits else 0.0
+    head = token_share * per_token.head if load.head else 0.0
     return (
         (blocks * (1 + extra + again) + head * (1 + extra))
         * tokens
@@ -224,7 +241,7 @@ def _stage_flops(load: Load, config: Config, per_token: TrainingFlops, extra: fl
 
 
 def _timing(
-    config: Config, machine: Machine, stages: list[Stage], num_micro_batches: int, model_flops: float, tokens: int
+    config: Config, machine: Machine, stages: list[Stage], num_micro_batches: int, needed_flops: float, tokens: int
 ) -> Timing:
     plan, training = config.parallel, config.training
     peak = machine.gpu.peak if config.run.precision == "bf16" else None
@@ -250,7 +267,7 @@ def _timing(
         exposed=max(sent * num_micro_batches + end for sent, end in zip(micro, rest, strict=True)),
         step=step,
         tokens_per_second=tokens / step,
-        mfu=model_flops / (step * peak * machine.num_gpus),
+        mfu=needed_flops / (step * peak * machine.num_gpus),
         total=step * training.steps,
     )
 

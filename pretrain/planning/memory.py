@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from braid.kernels.linear_loss import TOKENS_ADDED, aligned, chunk_rows
 from braid.parallel.data_parallel import BUCKET_BYTES
 from braid.parallel.plan import ParallelConfig
 from braid.pretrain.config.schema import Config
@@ -17,10 +18,13 @@ DEEPSPEED_BUCKET = 5e8
 """Elements of DeepSpeed's default buckets for reducing and gathering."""
 DEEPSPEED_SMALL = 1e5
 """Elements up to which ZeRO 3 keeps a weight whole between uses, by default."""
-LOGIT_BYTES = {"gidd": 20, "duo": 26, "replaid": 22}
-"""Bytes held for every logit while the loss is differentiated, as measured. For other objectives PLAIN_LOGIT_BYTES: the
-logits, their log-probabilities, and the gradients after and before the softmax, in float32."""
+LOGIT_BYTES = {"replaid": 22}
+"""Where all logits of a micro-batch exist together: bytes held for each while the loss is differentiated, as measured.
+For other objectives PLAIN_LOGIT_BYTES: the logits, their log-probabilities, and the gradients after and before the
+softmax, in float32."""
 PLAIN_LOGIT_BYTES = 16
+DIVERGENCE_BYTES = {"duo": 8, "gidd": 8}
+"""Bytes for every logit of a chunk that a loss of all probabilities takes beside the chunk itself."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,41 @@ def state_bytes(plan: ParallelConfig, precision: str) -> StateBytes:
 
 
 @dataclass(frozen=True)
+class Head:
+    """The output layer of tokens on one process, and what it is called with in a micro-batch."""
+
+    positions: int
+    num_tokens: int
+    """Of the vocabulary; those of this process."""
+    width: int
+    """Of what the layer reads."""
+    whole_logits: bool
+    """See `Objective`."""
+
+    @property
+    def num_logits(self) -> int:
+        return self.positions * self.num_tokens
+
+    @property
+    def weights(self) -> int:
+        """Elements of its matrix."""
+        return self.num_tokens * self.width
+
+    def loss_bytes(self, objective: str, *, half: bool, copied: bool) -> float:
+        """While the loss of tokens is computed, and with it the gradients of what the layer reads and of its weights.
+        `half` is bf16 autocast; `copied`: weights are float32 then, and are cast."""
+        if self.whole_logits:
+            return LOGIT_BYTES.get(objective, PLAIN_LOGIT_BYTES) * self.num_logits
+        # Kept until the backward pass: both gradients. Beside them a chunk of logits, rounded ones and exact ones.
+        kept = self.positions * self.width * (HALF if half else FLOAT) + FLOAT * self.weights
+        chunk = chunk_rows(self.positions, self.num_tokens) * aligned(self.num_tokens)
+        each = FLOAT + (HALF if half else 0) + DIVERGENCE_BYTES.get(objective, 0)
+        # The matrix that is multiplied, and some rows of a chunk's part of its gradient.
+        cast = HALF * copied * self.weights + FLOAT * min(self.num_tokens, TOKENS_ADDED) * self.width
+        return kept + each * chunk + (cast if half else 0)
+
+
+@dataclass(frozen=True)
 class Load:
     """What the processes of one pipeline stage work with."""
 
@@ -71,10 +110,12 @@ class Load:
     parameters: list[PlannedParameter]
     costs: list[Cost] | None
     """Of its blocks, for one micro-batch and process, as the plan divides them; None where they are not known."""
-    num_logits: float
-    """Logits of a micro-batch on one process; 0 on a stage without head."""
+    head: Head | None
+    """None on a stage without."""
     head_kept: float
-    """Bytes that the head keeps beside logits."""
+    """Bytes that the heads keep beside logits."""
+    inputs_kept: float
+    """Bytes of soft tokens, weights over the vocabulary, that one micro-batch keeps."""
     in_flight: float
     """Micro-batches that wait for their backward pass at the fullest moment."""
 
@@ -115,6 +156,8 @@ def stage_memory(load: Load, config: Config, *, num_ranks: int, encoder_bytes: f
     trained = sum(p.held for p in load.parameters if p.trained)
     moments = sum(p.held * p.moments for p in load.parameters if p.trained)
     copies = each.copies * sum(p.held for p in load.parameters if p.is_matrix)
+    if load.head and not load.head.whole_logits:
+        copies -= each.copies * load.head.weights  # it is gone with the loss
     recomputes = config.model.activation_checkpointing == "block"
 
     weights = {"weights": _part(each.weights(load.parameters), share["weights"])}
@@ -140,16 +183,23 @@ def stage_memory(load: Load, config: Config, *, num_ranks: int, encoder_bytes: f
         kept = sum(cost.state if recomputes else cost.kept for cost in load.costs) * load.in_flight
         again = max(cost.kept for cost in load.costs) if recomputes else 0.0
         gradients = max(cost.state + cost.widest for cost in load.costs)
-    loss = LOGIT_BYTES.get(config.objective.name, PLAIN_LOGIT_BYTES) * load.num_logits
-    # When the forward pass ends, the copies of all blocks are still there, and the logits in both precisions.
-    forward = max(0.0, copies - kept_copies) + (FLOAT + HALF) * load.num_logits
+    # When the forward pass ends, the copies of all blocks are still there and, where they are made at once, the logits
+    # in both precisions.
+    loss, forward, logits = 0.0, max(0.0, copies - kept_copies), 0.0
+    if load.head:
+        half = config.run.precision == "bf16"
+        loss = load.head.loss_bytes(config.objective.name, half=half, copied=plan.engine != "megatron")
+        if load.head.whole_logits:
+            logits = FLOAT * load.head.num_logits
+            forward += (FLOAT + HALF) * load.head.num_logits
+    kept += load.inputs_kept * load.in_flight
     return StageMemory(
         stage=load.stage,
         parameters=size,
         held={name: number for name, number in held.items() if number and name not in offloaded},
         activations=None if load.costs is None else kept + load.head_kept,
         head=max(loss, forward),
-        block=again + gradients + FLOAT * load.num_logits,  # the prediction, which holds the logits, is still there
+        block=again + gradients + logits,  # the prediction, which may hold the logits, is still there
         step=FLOAT * _part(trained, share["state"]) if plan.offload == "none" else 0.0,
         host=sum(offloaded.values()),
     )
@@ -175,10 +225,12 @@ def _part(size: float, num_ranks: int) -> float:
 
 
 def _largest_block(load: Load) -> int:
-    """Elements of the matrices of the largest block, and of those outside blocks."""
+    """Elements of the matrices of the largest block, and of those outside blocks; of an output layer only if it is
+    called under autocast."""
     sizes = _by_place([parameter for parameter in load.parameters if parameter.is_matrix])
     blocks = [size for place, size in sizes.items() if isinstance(place, int)]
-    return max(blocks, default=0) + sum(size for place, size in sizes.items() if not isinstance(place, int))
+    outside = sum(size for place, size in sizes.items() if not isinstance(place, int))
+    return max(blocks, default=0) + outside - (load.head.weights if load.head and not load.head.whole_logits else 0)
 
 
 def _by_place(parameters: list[PlannedParameter]) -> dict[int | str, int]:

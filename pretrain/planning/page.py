@@ -156,6 +156,8 @@ def _traffic(estimate: Estimate) -> Table:
 def _time(config: Config, machine: Machine, estimate: Estimate) -> Table:
     table, timing = _pairs("time and disk"), estimate.timing
     table.add_row("model FLOPs of a step", f"{estimate.model_flops:.3g}")
+    if estimate.needed_flops != estimate.model_flops:
+        table.add_row("with the head where it is scored", f"{estimate.needed_flops:.3g}")
     again = ", recomputation included" if config.model.activation_checkpointing == "block" else ""
     at = f"at {machine.efficiency:.0%} of the bf16 peak{again}"
     table.add_row("matrix products", f"{_seconds(timing.products)} s {at}")

@@ -6,10 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from braid.kernels import linear_loss as chunked
 from braid.kernels.errors import ConfigError
+from braid.kernels.linear_loss import linear_loss
 from braid.parallel.data_parallel import World
 from braid.parallel.layers import (
     Columns,
+    OutputLinear,
     Region,
     Rows,
     mark_parameters,
@@ -160,16 +163,11 @@ def vocabularies(world: World, size: int) -> None:
 
     def differentiable(vocabulary: Vocabulary, logits: Tensor, table: Tensor, x: Tensor) -> dict[str, Tensor]:
         logits = vocabulary.logits(1 * logits)
-        kept = logits.detach().clone()
-        nats = vocabulary.cross_entropy(logits, targets)
-        assert torch.equal(logits, kept), "the logits are as they were"
         rows = vocabulary.rows(table)
         log_probabilities = vocabulary.log_softmax(vocabulary.without(logits, without))
         again = vocabulary.softmax(vocabulary.without_(logits.clone(), without))
         product = vocabulary.softmax(logits + vocabulary.shared(x) @ rows.T)
         return {
-            "cross_entropy": nats,
-            "cross_entropy_without": vocabulary.cross_entropy(logits, targets, without=without),
             "log_softmax": vocabulary.take(log_probabilities, places).sum(-1),
             "softmax": vocabulary.take(again, places).prod(-1),
             "sum": vocabulary.sum(again.square().sum(-1)),
@@ -196,6 +194,55 @@ def vocabularies(world: World, size: int) -> None:
         for got, wanted in zip(gradients[name], [divided.columns(logits), *others], strict=True):
             error = float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6))
             assert error < 1e-5, (name, error)
+    for name in ("softmax_", "add_"):
+        made = [
+            vocabulary.softmax_(vocabulary.logits(vocabulary.columns(raw).clone()))
+            if name == "softmax_"
+            else vocabulary.add_(vocabulary.columns(raw).clone(), places, places.float())
+            for vocabulary in (divided, whole)
+        ]
+        torch.testing.assert_close(divided.gather(made[0]), made[1], rtol=2e-6, atol=2e-6)
     assert torch.equal(divided.gather(divided.logits(divided.columns(raw))), raw)
     padding = divided.logits(divided.columns(raw))[..., max(size - divided.first, 0) :]
     assert padding.isinf().all() and (padding < 0).all()
+
+
+def cross_entropies(world: World, size: int, sequence: bool) -> None:
+    """The cross-entropy of a divided output layer's logits at some rows, and its gradients, beside one process's; and
+    with logits that are there already."""
+    axis = tensor_axis(world)
+    without, generator = size // 2, torch.Generator().manual_seed(3)
+    targets = torch.randint(0, size - 1, (B, L), generator=generator)
+    targets += targets >= without
+    rows, weights = chunked.Rows(torch.rand(B, L, generator=generator) < 0.6), torch.rand(B, L, generator=generator)
+
+    def run(region: Region, known: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+        vocabulary, x = Vocabulary(size, region.axis), normal(0, B, L, W).requires_grad_()
+        with torch.device("meta"):
+            model = nn.Sequential(OutputLinear(W, size))
+        if region.size > 1:
+            model[0] = Columns().divide(model[0], region)
+        model.to_empty(device="cpu")
+        if region.size > 1:
+            mark_parameters(model, region, ())
+        for seed, parameter in enumerate(model.parameters()):
+            set_whole(parameter, normal(seed + 1, *whole_shape(parameter)))
+        row_loss = vocabulary.cross_entropy(targets, weights, without=without, z_loss=0.01)
+        entered = region.enter(x)
+        if known:
+            logits = vocabulary.logits(model[0](entered))
+            total, nats = linear_loss(logits.flatten(0, 1), None, None, rows, row_loss)
+        else:
+            total, nats = model[0](entered, loss=lambda h, w, b: linear_loss(h.flatten(0, 1), w, b, rows, row_loss))
+        (2 * total).backward()
+        parameters = [(each, getattr(each, "shard", None)) for each in model.parameters()]
+        return total.detach(), nats, [x.grad, *((each.grad, shard) for each, shard in parameters)]
+
+    expected_total, expected_nats, (expected_x, *expected) = run(Region(), False)
+    for known in (False, True):
+        total, nats, (of_x, *gradients) = run(Region(axis, sequence), known)
+        torch.testing.assert_close(total, expected_total, rtol=1e-6, atol=0)
+        torch.testing.assert_close(nats, expected_nats, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(of_x, expected_x, rtol=1e-5, atol=1e-5)
+        for (gradient, shard), (wanted, _) in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(gradient, shard.cut(wanted), rtol=1e-5, atol=1e-5)

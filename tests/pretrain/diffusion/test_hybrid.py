@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from braid.kernels.sampling_eager import log_posterior
+from braid.parallel.vocabulary import Vocabulary
 from braid.pretrain.diffusion.absorbing import masked_cross_entropy
 from braid.pretrain.diffusion.hybrid import Hybrid
 
@@ -41,8 +42,14 @@ def index_form(hybrid: Hybrid, law: torch.Tensor, t: float, i: int, m: int) -> t
     token, target = torch.tensor([[i]]), torch.tensor([[m]])
     logits = law.log()
     logits[MASK] = 3.0  # must not count
-    divergence = hybrid.divergence(logits[None, None], token, target, at(t), MASK)
-    return float(hybrid.elbo_weight(token, target, at(t), MASK)), float(divergence)
+    weight = hybrid.elbo_weight(token, target, at(t), MASK)
+    if hybrid.p_uniform == 0:
+        nats = masked_cross_entropy(logits[None, None], target, token == MASK, MASK)
+        return float(weight), float(hybrid.survival(at(t)) * nats)
+    row_loss = hybrid.divergence(token, target, at(t), weight, mask_id=MASK, vocabulary=Vocabulary(K + 1))
+    added, nats = row_loss(logits[None].clone(), torch.tensor([0]), False)
+    assert float(added) == pytest.approx(float(weight * nats))
+    return float(weight), float(nats)
 
 
 @pytest.mark.parametrize("p_uniform, gamma", PROCESSES)
@@ -85,9 +92,9 @@ def test_without_uniform_noise_the_elbo_is_cross_entropy_over_t(t):
     masked = torch.rand(4, 7, generator=generator) < 0.5
     tokens = torch.where(masked, MASK, targets)
     times = torch.full((4,), t, dtype=torch.float64)
-    nats = hybrid.elbo_weight(tokens, targets, times, MASK) * hybrid.divergence(logits, tokens, targets, times, MASK)
-    expected = masked_cross_entropy(logits, targets, masked, MASK) / t
-    assert torch.allclose(nats, expected, rtol=1e-12)
+    cross_entropy = masked_cross_entropy(logits, targets, masked, MASK)
+    nats = hybrid.elbo_weight(tokens, targets, times, MASK) * hybrid.survival(times)[:, None] * cross_entropy
+    assert torch.allclose(nats, cross_entropy / t, rtol=1e-12)
     assert torch.equal(nats == 0, ~masked)
 
 

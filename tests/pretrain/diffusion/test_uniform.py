@@ -7,13 +7,17 @@ import numpy as np
 import pytest
 import torch
 
+from braid.kernels.linear_loss import Rows, linear_loss
 from braid.kernels.sampling_eager import log_posterior
+from braid.parallel.vocabulary import Vocabulary
+from braid.pretrain.diffusion import uniform
 from braid.pretrain.diffusion.uniform import (
+    MarginalDivergence,
     decoding_nats,
+    jump_weight,
     marginal_divergences,
     reverse_step,
     skip_mask,
-    uniform_nats,
 )
 
 from .chains import Chain, random_laws
@@ -26,6 +30,12 @@ K = 5
 def test_integers_become_the_ids_that_are_not_the_mask(mask_id):
     expected = [token for token in range(6) if token != mask_id]
     assert skip_mask(torch.arange(5), mask_id).tolist() == expected
+
+
+def uniform_nats(probabilities, tokens, targets, survival, num_tokens):
+    """NELBO density of each position, from the two parts that the losses use."""
+    kl, ratio = marginal_divergences(probabilities, tokens, targets, survival, (1 - survival) / num_tokens)
+    return jump_weight(tokens, targets, survival, num_tokens) * (kl + ratio)
 
 
 def every_place(law: torch.Tensor, t: float, chain: Chain = CHAIN, dtype=torch.float64):
@@ -100,6 +110,40 @@ def test_nats_agree_in_float32_at_a_large_vocabulary():
     high = uniform_nats(logits.double().softmax(-1), tokens, targets, survival, num_tokens)
     assert torch.allclose(low, high, rtol=2e-6, atol=1e-7)
     assert float(low.sum()) == pytest.approx(float(high.sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 6.0])
+def test_the_gradient_in_closed_form_is_that_of_autograd(scale, monkeypatch):
+    """Of the loss of logits, in float64 and, closely, float32; right tokens, wrong ones, and rows that do not count."""
+    generator, num, size = torch.Generator().manual_seed(1), 40, 12
+    logits = scale * torch.randn(num, size, generator=generator, dtype=torch.float64)
+    tokens, targets = skip_mask(torch.randint(0, size - 1, (2, num), generator=generator), 2)
+    tokens[:15] = targets[:15]
+    survival = torch.rand(num, generator=generator, dtype=torch.float64).clamp(1e-3, 1 - 1e-3)
+    noise, weights = (1 - survival) / (size - 1), torch.rand(num, generator=generator, dtype=torch.float64)
+    counts = torch.arange(num) % 4 > 0
+
+    def both(logits, precise=False):
+        each = (tokens, targets, survival, noise, weights)
+        row_loss = MarginalDivergence(*each, 2, Vocabulary(size), precise)
+        return linear_loss(logits, None, None, Rows(counts), row_loss)
+
+    given = logits.clone().requires_grad_()
+    law = torch.where(torch.arange(size) == 2, -torch.inf, given).softmax(-1)
+    kl, ratio = marginal_divergences(law[:, None], tokens[:, None], targets[:, None], survival, noise)
+    nats = (kl + ratio)[:, 0]
+    expected = (weights * nats)[counts].sum()
+    (wanted,) = torch.autograd.grad(expected, given)
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 2e-5)):
+        leaf = logits.to(dtype, copy=True).requires_grad_()
+        total, values = both(leaf)
+        total.backward()
+        assert float(total) == pytest.approx(float(expected), rel=max(tolerance / 20, 1e-12))
+        torch.testing.assert_close(values, (nats * counts).detach(), rtol=tolerance, atol=tolerance)
+        assert (leaf.grad - wanted).abs().max() < tolerance * wanted.abs().max()
+    monkeypatch.setattr(uniform, "FLOAT64_CHUNK", 7 * size)  # seven rows at a time
+    total, values = both(logits.float(), precise=True)
+    assert float(total) == pytest.approx(float(expected), rel=1e-6) and values.dtype == torch.float64
 
 
 def test_minimiser_is_the_leave_one_out_posterior():

@@ -13,6 +13,7 @@ from braid.pretrain.config.objectives.encoder import EncoderConfig
 from braid.pretrain.config.schema import ModelConfig
 from braid.pretrain.model.elf_network import ELFNetwork, ELFPrediction
 from braid.pretrain.model.encoders import TableEncoder
+from braid.pretrain.model.token_logits import TokenLogits
 from braid.pretrain.objectives.base import Noise
 from braid.pretrain.objectives.elf import ELF
 
@@ -61,7 +62,7 @@ class Says(Network):
         self.says = says
 
     def forward(self, z, estimate, tau, guidance, decode, valid, *, heads) -> ELFPrediction:
-        return ELFPrediction(self.says(z, float(tau[0])), torch.zeros(*z.shape[:2], VOCAB))
+        return ELFPrediction(self.says(z, float(tau[0])), TokenLogits.known(torch.zeros(*z.shape[:2], VOCAB)))
 
 
 class Recorder(Network):
@@ -76,5 +77,6 @@ class Recorder(Network):
         prediction = self.network(z, estimate, tau, guidance, decode, valid, heads=heads)
         given = {"z": z, "shown": estimate, "tau": tau, "guidance": guidance, "decode": decode, "valid": valid}
         given = {name: value.clone() for name, value in given.items()}
-        self.calls.append(given | prediction._asdict() | {"heads": heads, "gradient": torch.is_grad_enabled()})
+        said = {"latents": prediction.latents, "logits": prediction.logits}
+        self.calls.append(given | said | {"heads": heads, "gradient": torch.is_grad_enabled()})
         return prediction

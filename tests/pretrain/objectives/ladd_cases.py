@@ -22,6 +22,7 @@ from braid.pretrain.model.gumbel_codebook import GumbelCodebook
 from braid.pretrain.model.joint_attention import JointDenoiser, SlotPrediction
 from braid.pretrain.model.latent_denoiser import LatentDenoiser
 from braid.pretrain.model.latent_encoder import LatentEncoder
+from braid.pretrain.model.token_logits import TokenLogits
 from braid.pretrain.objectives.base import Noise
 from braid.pretrain.objectives.co_ladd import CoLADD
 from braid.pretrain.objectives.di_ladd import CODE_WORD, DiLADD
@@ -158,10 +159,10 @@ class ToyNetwork(Network):
         weights = self.weights(tokens, latents, latent_times)
         logits = torch.einsum("bs,slv->blv", weights, self.indicators).clamp(min=1e-300).log()
         if self.schedule is not None:
-            return SlotPrediction(logits, (weights @ SIGNS.double())[:, None, None])
+            return SlotPrediction(TokenLogits.known(logits), (weights @ SIGNS.double())[:, None, None])
         codes = torch.stack([weights[:, CODES == code].sum(1) for code in (0, 1)], -1)
         codes = F.pad(codes.clamp(min=1e-300).log(), (0, 1), value=7.0)  # the mask's logit must not count
-        return SlotPrediction(logits, codes[:, None])
+        return SlotPrediction(TokenLogits.known(logits), codes[:, None])
 
 
 class BlindDenoiser(torch.nn.Module):

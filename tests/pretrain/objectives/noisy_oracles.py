@@ -14,6 +14,7 @@ from braid.pretrain.config.objectives.duo import DuoConfig
 from braid.pretrain.config.objectives.gidd import GIDDConfig
 from braid.pretrain.config.schema import ModelConfig
 from braid.pretrain.model.backbone import Backbone, Prediction
+from braid.pretrain.model.token_logits import TokenLogits
 from braid.pretrain.objectives.base import Noise
 from braid.pretrain.objectives.duo import Duo
 from braid.pretrain.objectives.gidd import GIDD
@@ -74,7 +75,8 @@ class Bayes(Network):
         else:
             others = likelihood.prod(2, keepdim=True).expand_as(likelihood)
         mass = torch.einsum("bsl,s,slv->blv", others, self.law, self.indicators)
-        return Prediction((mass / mass.sum(-1, keepdim=True).clamp(min=1e-300)).clamp(min=1e-300).log())
+        law = mass / mass.sum(-1, keepdim=True).clamp(min=1e-300)
+        return Prediction(TokenLogits.known(law.clamp(min=1e-300).log()))
 
 
 class SoftTable(Network):
@@ -89,7 +91,7 @@ class SoftTable(Network):
 
     def forward(self, tokens, times, dropout=None) -> Prediction:
         weights = tokens.double() if tokens.is_floating_point() else F.one_hot(tokens, self.vocab_size).double()
-        return Prediction(weights @ self.table + times[:, None, None] * self.slope)
+        return Prediction(TokenLogits.known(weights @ self.table + times[:, None, None] * self.slope))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from braid.parallel.vocabulary import Vocabulary
 from braid.pretrain.diffusion.gaussian import noised
 from braid.pretrain.model.backbone import Prediction
 from braid.pretrain.model.joint import JointPrediction
+from braid.pretrain.model.token_logits import TokenLogits
 from braid.pretrain.objectives.base import Noise
 
 from .conftest import MASK, VOCAB
@@ -62,7 +63,7 @@ class Oracle(Network):
     def forward(self, tokens, times=None, dropout=None) -> Prediction:
         fits = ((tokens[:, None] == MASK) | (tokens[:, None] == self.sequences)).all(-1)  # [B, S]
         mass = torch.einsum("bs,slv->blv", self.probabilities * fits, self.indicators)
-        return Prediction((mass / mass.sum(-1, keepdim=True)).clamp(min=1e-300).log())
+        return Prediction(TokenLogits.known((mass / mass.sum(-1, keepdim=True)).clamp(min=1e-300).log()))
 
 
 class SameAnswer(Network):
@@ -75,7 +76,8 @@ class SameAnswer(Network):
         self.latent_dim = latent_dim
 
     def forward(self, tokens, times, latents=None, dropout=None) -> JointPrediction:
-        return JointPrediction(self.logits.expand(*tokens.shape, -1), torch.zeros(*tokens.shape, self.latent_dim))
+        logits = TokenLogits.known(self.logits.expand(*tokens.shape, -1))
+        return JointPrediction(logits, torch.zeros(*tokens.shape, self.latent_dim))
 
 
 class GivenDraws(Noise):

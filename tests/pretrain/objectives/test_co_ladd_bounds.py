@@ -9,6 +9,7 @@ from braid.data_pipeline.loader import Batch
 from braid.pretrain.diffusion.gaussian import posterior_mean, reconstruction_nats
 from braid.pretrain.diffusion.ladd import LatentSchedule, bound_times
 from braid.pretrain.model.joint_attention import SlotPrediction
+from braid.pretrain.model.token_logits import TokenLogits
 
 from .ladd_cases import (
     CODE_ENTROPY,
@@ -184,7 +185,7 @@ class Constant(ToyNetwork):
         self.value = value
 
     def forward(self, tokens, latents, times, latent_times, dropout=None) -> SlotPrediction:
-        return SlotPrediction(torch.zeros(*tokens.shape, 17), torch.full(latents.shape, self.value))
+        return SlotPrediction(TokenLogits.known(torch.zeros(*tokens.shape, 17)), torch.full(latents.shape, self.value))
 
 
 def test_decoding_y_0_as_well_would_add_the_kl_of_that_step():

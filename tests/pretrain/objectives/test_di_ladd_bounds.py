@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from braid.data_pipeline.loader import Batch
+from braid.pretrain.model.token_logits import TokenLogits
 
 from .ladd_cases import (
     CODE_ENTROPY,
@@ -63,7 +64,8 @@ class PaddedToken(torch.nn.Module):
 
     def forward(self, tokens, latents, times, latent_times, dropout=None):
         prediction = self.network(tokens[:, :-1], latents, times, latent_times)
-        return prediction._replace(logits=torch.nn.functional.pad(prediction.logits, (0, 0, 0, 1)))
+        padded = torch.nn.functional.pad(prediction.logits, (0, 0, 0, 1))
+        return prediction._replace(tokens=TokenLogits.known(padded))
 
 
 def test_the_code_is_a_function_of_the_text_that_the_codebook_computes():

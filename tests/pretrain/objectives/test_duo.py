@@ -13,6 +13,7 @@ from braid.pretrain.config.objectives import duo as duo_config
 from braid.pretrain.config.schema import Config
 from braid.pretrain.diffusion import uniform
 from braid.pretrain.diffusion.duality import token_survival
+from braid.pretrain.model.token_logits import TokenLogits
 from braid.pretrain.objectives.base import Noise
 from braid.pretrain.objectives.duo import DuoCorrupted
 
@@ -50,7 +51,7 @@ def test_loss_is_the_naive_one_and_so_is_its_gradient(curriculum):
     corrupted = duo.corrupt(batch, training_noise(16))
     assert corrupted.tokens.is_floating_point() == curriculum
     logits = duo.predict(corrupted).logits.detach().requires_grad_()
-    loss = duo.loss(duo.predict(corrupted)._replace(logits=logits), corrupted)
+    loss = duo.loss(duo.predict(corrupted)._replace(tokens=TokenLogits.known(logits)), corrupted)
     density = naive_density(logits, corrupted.noised, batch.tokens, 1 - corrupted.times)
     if curriculum:
         gamma = -2.0 + 2.5 * training_noise(16).strata
@@ -189,9 +190,7 @@ def test_the_curriculum_estimates_the_bound_over_its_range_of_survival():
     num = 60_000
     batch = real_batch(TOY, num, 1)
     corrupted = duo.corrupt(batch, training_noise(num))
-    logits = duo.predict(corrupted).logits
-    nats = duo.nats(logits, corrupted.noised, batch.tokens, corrupted.times)
-    draws = (corrupted.speed[:, None] * nats)[:, 0]
+    draws = duo.nats(duo.predict(corrupted), corrupted).values_BL[:, 0]
 
     low, high = (float(token_survival(torch.tensor([g], dtype=torch.float64), 3)[0]) for g in (0.5, -2.0))
     nodes, weights = np.polynomial.legendre.leggauss(30)
@@ -200,7 +199,9 @@ def test_the_curriculum_estimates_the_bound_over_its_range_of_survival():
     for alpha, weight in zip(low + (high - low) * (nodes + 1) / 2, (high - low) * weights / 2, strict=True):
         noised, clean = pairs[:, 1:], pairs[:, :1]
         times = torch.full((len(pairs),), 1 - alpha, dtype=torch.float64)
-        density = duo.nats(network(noised, times).logits, noised, clean, times)[:, 0]
+        given = {"tokens": noised, "noised": noised, "targets": clean, "loss_mask": torch.ones_like(clean) > 0}
+        place = DuoCorrupted(**given, times=times, speed=torch.ones_like(times))
+        density = duo.nats(network(noised, times), place).values_BL[:, 0]
         probability = TOY.marginal(1 - alpha)[clean[:, 0], noised[:, 0]] / 3
         expected += weight * float((probability * density).sum())
     error = float(draws.std()) / math.sqrt(num)
@@ -248,7 +249,8 @@ def test_the_mask_is_never_predicted():
     corrupted: DuoCorrupted = duo.corrupt(real_batch(CHAIN, 4, 12), training_noise(4))
     prediction = duo.predict(corrupted)
     tilted = prediction.logits + 50.0 * (torch.arange(CHAIN.vocab_size) == CHAIN.mask_id)
-    loss, same = duo.loss(prediction, corrupted), duo.loss(prediction._replace(logits=tilted), corrupted)
+    loss = duo.loss(prediction, corrupted)
+    same = duo.loss(prediction._replace(tokens=TokenLogits.known(tilted)), corrupted)
     assert float(loss.total.detach()) == pytest.approx(float(same.total.detach()), rel=1e-6)
 
 

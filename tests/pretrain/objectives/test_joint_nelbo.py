@@ -13,6 +13,7 @@ from braid.data_pipeline.loader import Batch
 from braid.kernels.random import fold_key
 from braid.pretrain.diffusion.times import log_uniform_mixture
 from braid.pretrain.model.joint import JointPrediction
+from braid.pretrain.model.token_logits import TokenLogits
 from braid.pretrain.objectives.base import Noise
 
 from .ccdd_cases import make
@@ -48,7 +49,7 @@ class JointOracle(Network):
     def forward(self, tokens, times, latents, dropout=None, latent_times=None) -> JointPrediction:
         assert latent_times is None or torch.equal(latent_times, times), "the bound is that of the sampler's path"
         logits = F.pad(self.token_network(tokens[:, :-1]).logits, (0, 0, 0, 1))
-        return JointPrediction(logits, self.clean.expand(*tokens.shape, -1))
+        return JointPrediction(TokenLogits.known(logits), self.clean.expand(*tokens.shape, -1))
 
 
 def expected_joint_nelbo(
@@ -144,7 +145,8 @@ def test_joint_nelbo_of_a_network_that_knows_the_text_is_zero():
     class KnowsTheText(Network):
         def forward(self, tokens, times, latents, dropout=None):
             logits = 60.0 * F.one_hot(text, VOCAB).double()
-            return JointPrediction(logits.expand(len(tokens), -1, -1), clean.expand(len(tokens), -1, -1))
+            logits = TokenLogits.known(logits.expand(len(tokens), -1, -1))
+            return JointPrediction(logits, clean.expand(len(tokens), -1, -1))
 
     ccdd.network = KnowsTheText()
     num = 256

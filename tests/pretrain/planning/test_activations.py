@@ -13,6 +13,7 @@ import torch
 from small_networks import batch_of, build
 from torch.profiler import ProfilerActivity, profile
 
+from braid.kernels import linear_loss
 from braid.parallel.layers import ColumnLinear, Region, shard_layers
 from braid.parallel.mesh import Axis
 from braid.parallel.plan import ParallelConfig
@@ -145,24 +146,51 @@ def test_the_peak_of_a_step_is_what_is_allocated(vocab_size, half, recomputation
     )
     memory = estimate(config, Machine(1, 8, find_gpu("h200")), VocabularySize(vocab_size, "")).stages[0].memory
     estimated = memory.activations + max(memory.head, memory.block) + memory.held.get("bf16 copies of the matrices", 0)
+    if half and memory.head > memory.block:
+        # On a CPU a product in bf16 is summed up in a float32 tensor of its own, which a GPU's is not; it comes before
+        # a chunk's part of the weights' gradient.
+        batch, noise = batch_of(4, 96)
+        estimated += 4 * objective.corrupt(batch, noise).rows.number * vocab_size - 4 * 128 * vocab_size
     tolerance = 0.03 if recomputation == "none" else 0.1
     assert estimated == pytest.approx(peak_bytes(objective, config, half), rel=tolerance)
 
 
-@pytest.mark.parametrize(
-    ("recipe", "bytes_per_logit"),
-    [("tiny_ar", 16), ("tiny_ccdd", 16), ("tiny_gidd", 20), ("tiny_duo", 26), ("tiny_replaid", 22)],
-)
-def test_the_loss_holds_so_many_bytes_for_a_logit(recipe, bytes_per_logit):
+LOSSES = [("tiny_ar", 4), ("tiny_ccdd", 4), ("tiny_gidd", 12), ("tiny_duo", 12)]
+
+
+@pytest.mark.parametrize(("recipe", "bytes_per_logit"), LOSSES)
+def test_the_loss_holds_so_many_bytes_for_a_logit_of_a_chunk(recipe, bytes_per_logit, monkeypatch):
+    """The peak falls by them where a quarter of the rows are looked at at a time; and as planned. In float32: on a CPU
+    a product in bf16 is summed up in a float32 tensor of its own."""
+    peaks, planned = [], []
+    for rows in (256, 64):
+        monkeypatch.setattr(linear_loss, "CHUNK_LOGITS", rows * 8192)
+        own = ["objective.curriculum_steps=0"] if recipe == "tiny_duo" else []  # soft tokens come on top
+        config, objective = wide(recipe, 8192, "fp32", *own)
+        peaks.append(peak_bytes(objective, config, half=False))
+        memory = estimate(config, Machine(1, 8, find_gpu("h200")), VocabularySize(8192, "")).stages[0].memory
+        planned.append(memory.activations + memory.head)
+    removed = bytes_per_logit * 192 * 8192
+    assert planned[0] - planned[1] == removed
+    assert peaks[0] - peaks[1] == pytest.approx(removed, rel=0.03)
+    assert planned == pytest.approx(peaks, rel=0.05)
+
+
+def test_a_loss_of_all_logits_holds_so_many_bytes_for_each():
     peaks = []
     for vocab_size in (4096, 8192):
-        config, objective = build(
-            recipe, "model.width=32", "model.num_layers=1", "data.sequence_length=64",
-            "training.micro_batch_size=4", "training.global_batch_size=4", vocab_size=vocab_size,
-        )  # fmt: skip
+        config, objective = wide("tiny_replaid", vocab_size, "bf16")
         peaks.append(peak_bytes(objective, config, half=True))
     found = (peaks[1] - peaks[0]) / (4 * 64 * 4096)
-    assert bytes_per_logit - 0.6 <= found <= bytes_per_logit + 0.6, "copies of the head's weights come on top"
+    assert 21.4 <= found <= 22.6, "copies of the head's weights come on top"
+
+
+def wide(recipe, vocab_size, precision, *own):
+    """A small network with many tokens."""
+    return build(
+        recipe, *own, "model.width=32", "model.num_layers=1", "data.sequence_length=64", f"run.precision={precision}",
+        "training.micro_batch_size=4", "training.global_batch_size=4", vocab_size=vocab_size,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["backbone", "mdit", "mmdit", "all experts", "some experts", "slots", "elf"])

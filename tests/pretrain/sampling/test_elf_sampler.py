@@ -11,6 +11,7 @@ from braid.kernels.errors import ConfigError
 from braid.pretrain.config.schema import SamplingConfig
 from braid.pretrain.diffusion.flow import flow_grid, interpolate, stepped_back
 from braid.pretrain.model.elf_network import ELFPrediction
+from braid.pretrain.model.token_logits import TokenLogits
 from braid.pretrain.sampling.prompts import Prompt, no_prompt
 from braid.pretrain.sampling.sampler import draw_samples
 
@@ -52,7 +53,7 @@ class Fixed(Network):
     def forward(self, z, estimate, tau, guidance, decode, valid, *, heads) -> ELFPrediction:
         if heads == ("decode",):
             self.decoded = z
-            return ELFPrediction(None, torch.nn.functional.pad(z, (0, VOCAB - DIM), value=-100.0))
+            return ELFPrediction(None, TokenLogits.known(torch.nn.functional.pad(z, (0, VOCAB - DIM), value=-100.0)))
         return ELFPrediction(self.x, None)
 
 

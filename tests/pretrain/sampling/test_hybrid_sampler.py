@@ -109,7 +109,7 @@ def test_a_sample_does_not_depend_on_its_batch():
 def test_greedy_final_takes_the_most_probable_token():
     gidd = build("gidd", HYBRID)
     seen = []
-    gidd.network.register_forward_hook(lambda _, inputs, output: seen.append(output.logits))
+    gidd.network.register_forward_hook(lambda network, _, output: seen.append(network.say(output).logits))
     tokens = draw_samples(gidd, SamplingConfig(steps=1, greedy_final=True), no_prompt(5, 10), key=1).tokens
     best = torch.where(torch.arange(4) == MASK, -torch.inf, seen[0]).argmax(-1)
     assert torch.equal(tokens, best)

@@ -8,6 +8,7 @@ import torch
 from braid.kernels.errors import ConfigError
 from braid.pretrain.config.schema import SamplingConfig
 from braid.pretrain.model.joint import JointPrediction
+from braid.pretrain.model.token_logits import TokenLogits
 from braid.pretrain.sampling.draws import Draws
 from braid.pretrain.sampling.prompts import no_prompt
 from braid.pretrain.sampling.sampler import draw_samples
@@ -37,7 +38,7 @@ class GaussianOracle(Network):
         gain = alpha * DEVIATION**2 / (alpha**2 * DEVIATION**2 + sigma**2)
         zhat = MEAN + gain * (latents - alpha * MEAN)
         self.times.append(t), self.seen.append(latents), self.said.append(zhat)
-        return JointPrediction(torch.zeros(*tokens.shape, VOCAB), zhat)
+        return JointPrediction(TokenLogits.known(torch.zeros(*tokens.shape, VOCAB)), zhat)
 
 
 @pytest.mark.parametrize("schedule", ["vp_linear", "flow_linear"])
@@ -97,7 +98,7 @@ class TwoAnswers(Network):
         self.calls.append((off, tokens.clone(), times.clone(), latents))
         logits = self.without if off else self.with_latents
         zhat = torch.full((*tokens.shape, LATENT_DIM), math.nan if off else 0.5)
-        return JointPrediction(logits.expand(len(tokens), -1, -1), zhat)
+        return JointPrediction(TokenLogits.known(logits.expand(len(tokens), -1, -1)), zhat)
 
 
 def test_guidance_extrapolates_away_from_the_network_without_latents(monkeypatch):
@@ -214,7 +215,7 @@ def test_tokens_follow_the_law_of_the_bayes_denoiser(options):
 
     class Both(Oracle):
         def forward(self, tokens, times, latents, dropout=None):
-            return JointPrediction(super().forward(tokens).logits, torch.zeros_like(latents))
+            return JointPrediction(TokenLogits.known(super().forward(tokens).logits), torch.zeros_like(latents))
 
     ccdd, num = make(**options), 3000
     ccdd.network = Both(sequences, law)

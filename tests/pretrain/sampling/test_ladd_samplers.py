@@ -9,6 +9,7 @@ from braid.kernels.errors import ConfigError
 from braid.pretrain.config.schema import SamplingConfig
 from braid.pretrain.diffusion.ladd import LatentSchedule
 from braid.pretrain.model.joint_attention import SlotPrediction
+from braid.pretrain.model.token_logits import TokenLogits
 from braid.pretrain.sampling.di_ladd import _fill_codes, _reveal_codes
 from braid.pretrain.sampling.draws import Draws
 from braid.pretrain.sampling.prompts import Prompt, no_prompt
@@ -35,7 +36,7 @@ class GaussianOracle(Network):
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         gain = alpha * DEVIATION**2 / (alpha**2 * DEVIATION**2 + sigma**2)
         yhat = MEAN + gain * (latents.double() - alpha * MEAN)
-        return SlotPrediction(torch.zeros(*tokens.shape, VOCAB), yhat.float())
+        return SlotPrediction(TokenLogits.known(torch.zeros(*tokens.shape, VOCAB)), yhat.float())
 
 
 @pytest.mark.parametrize("schedule", ["sqrt", "cosine"])

@@ -111,7 +111,7 @@ def test_greedy_final_takes_the_most_probable_token():
     """After one step from t = 1 x_t says nothing, so it is the argmax of the prediction at each place."""
     duo = build("duo", CHAIN)
     seen = []
-    duo.network.register_forward_hook(lambda _, inputs, output: seen.append(output.logits))
+    duo.network.register_forward_hook(lambda network, _, output: seen.append(network.say(output).logits))
     greedy = SamplingConfig(steps=1, greedy_final=True)
     tokens = draw_samples(duo, greedy, no_prompt(5, 10), key=1).tokens
     best = torch.where(torch.arange(4) == CHAIN.mask_id, -torch.inf, seen[0]).argmax(-1)

@@ -1,0 +1,84 @@
+"""What a network says of the token at each position: logits, made when somebody asks for them.
+
+A network of W = 768 and V = 50,000 says 65 numbers for every one that its head reads. So what it returns is what the
+head reads, and the head is called by whoever needs logits: a sampler all of them, a loss those of the positions that
+count, a few at a time (kernels/linear_loss.py). Shape suffixes: B sequences, L positions, W width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from braid.kernels.linear_loss import RowLoss, Rows, linear_loss
+from braid.parallel.pipeline import ONE_PIECE, Stage
+from braid.parallel.vocabulary import Vocabulary
+
+
+class TokenLoss(NamedTuple):
+    """A loss of tokens. Only the sum can be differentiated."""
+
+    total: Tensor
+    """Over all positions that count, weighted: float64 scalar."""
+    values_BL: Tensor
+    """Of each position, not weighted: float64, 0 where it does not count."""
+
+
+class TokenLogits:
+    """Logits of every position. Where the layers of the network are divided, each process has its columns; where its
+    blocks are in pieces, what is asked for outside of a schedule is on every process, and asked for by all."""
+
+    def __init__(
+        self, hidden_BLW: Tensor, linear: nn.Module | None, vocabulary: Vocabulary, stage: Stage = ONE_PIECE
+    ) -> None:
+        """`hidden` are this process's positions, of the dtype that products are to have. `linear` is an `OutputLinear`
+        or a `ColumnLinear`; None where there is nothing left to do, or where another process of a pipeline has it."""
+        self.hidden_BLW, self.linear, self.vocabulary, self.stage = hidden_BLW, linear, vocabulary, stage
+
+    @staticmethod
+    def known(logits_BLV: Tensor) -> TokenLogits:
+        """Of logits that are there."""
+        return TokenLogits(logits_BLV, None, Vocabulary(logits_BLV.shape[-1]))
+
+    @functools.cached_property
+    def whole(self) -> Tensor:
+        """All of them, [B, L, V], float32, the mask token's column included; of a divided network this process's
+        columns."""
+        return self.stage.from_heads(self._make)
+
+    def cross_entropy(
+        self, targets_BL: Tensor, rows: Rows, weights_BL: Tensor | None = None, *, without: int | None = None
+    ) -> TokenLoss:
+        """-log p(target) in nats at `rows` of the B x L positions; token `without` has no probability. Weights, by
+        default 1, broadcast to [B, L]."""
+        weights = targets_BL.new_ones((), dtype=torch.float32) if weights_BL is None else weights_BL
+        of_row = self.vocabulary.cross_entropy(targets_BL, weights.expand(targets_BL.shape), without=without)
+        return self.loss(of_row, rows, targets_BL.shape)
+
+    def loss(self, row_loss: RowLoss, rows: Rows, shape: torch.Size) -> TokenLoss:
+        """Any other loss of each position's logits; `shape` is [B, L]."""
+        total, values = self.stage.from_heads(partial(self._loss, row_loss, rows))
+        return TokenLoss(total, values.view(shape))
+
+    def _make(self) -> Tensor:
+        if self.linear is None:
+            return self.hidden_BLW
+        with self._as_it_is():
+            return self.vocabulary.logits(self.linear(self.hidden_BLW))
+
+    def _loss(self, row_loss: RowLoss, rows: Rows) -> tuple[Tensor, Tensor]:
+        def of(hidden: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            return linear_loss(hidden.flatten(0, 1), weight, bias, rows, row_loss)
+
+        if self.linear is None or "whole" in self.__dict__:
+            return of(self.whole)
+        with self._as_it_is():
+            return self.linear(self.hidden_BLW, loss=of)
+
+    def _as_it_is(self) -> torch.autocast:
+        """Losses are computed when the network's autocast is over. What it would have cast is cast already."""
+        return torch.autocast(self.hidden_BLW.device.type, enabled=False)
