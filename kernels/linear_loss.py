@@ -6,8 +6,8 @@ training, a gradient. Both are made here chunk by chunk, the gradient in the for
 there: the backward pass only multiplies. So a loss needs memory for one chunk of logits, however many rows there are,
 and no product is computed twice. And it needs only the rows that count (`Rows`): in masked diffusion, half of them.
 
-Numbers are those of logits made at once. Products are of the hidden states' dtype, as under autocast; logits, losses
-and the sums over chunks of what the weights get are float32 (float64 where the hidden states are).
+Numbers are those of logits made at once. Products, and so logits and their gradients, are of the hidden states' dtype,
+as under autocast; losses and the sums over chunks of what the weights get are float32 at least.
 
 Shape suffixes: N rows, M rows of a chunk, W width, V tokens.
 """
@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK_LOGITS = 1 << 26
-"""Logits that exist at a time: 256 MiB of float32. With fewer, the sum over chunks of the weights' gradient
-would be read and written more often, and take longer than the products."""
+"""Logits that exist at a time: 128 MiB of bfloat16, 256 of float32. With fewer, the sum over chunks of the weights'
+gradient would be read and written more often, and take longer than the products."""
 TOKENS_ADDED = 1 << 13
 """Rows of the weights' gradient that a product in half precision is made for at a time, before it is added to it."""
 ALIGNMENT = 64
@@ -36,8 +36,8 @@ class RowLoss(Protocol):
     def __call__(self, logits_MV: Tensor, rows_M: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
         """What each row adds to the total, and what is to be known of it, [M] each.
 
-        rows_M: which of the N rows these are, int64. With `gradient` the logits must be overwritten by the gradient of
-        the sum of what the rows add; without, they may be overwritten by anything.
+        The logits are of the products' dtype. rows_M: which of the N rows these are, int64. With `gradient` the logits
+        must be overwritten by the gradient of the sum of what the rows add; without, they may be by anything.
         """
 
 
@@ -141,31 +141,25 @@ def _forward(
     of_hidden = torch.zeros_like(hidden) if wanted[0] else None
     of_weight = torch.zeros_like(weight, dtype=exact) if wanted[1] else None
     of_bias = torch.zeros_like(bias, dtype=exact) if wanted[2] else None
-    # One buffer for all chunks; a second one where products are not as exact as logits.
-    logits = hidden.new_empty(size, aligned(num_tokens), dtype=exact)[:, :num_tokens]
-    rounded = logits if dtype == exact else torch.empty_like(logits, dtype=dtype)
+    buffer = hidden.new_empty(size, aligned(num_tokens))[:, :num_tokens]
 
     for chunk in rows.chunks(size):
-        h, l, p = hidden.index_select(0, chunk), logits[: len(chunk)], rounded[: len(chunk)]
+        h, logits = hidden.index_select(0, chunk), buffer[: len(chunk)]
         if matrix is None:
-            p.copy_(h)
+            logits.copy_(h)
         elif offset is None:
-            torch.mm(h, matrix.t(), out=p)
+            torch.mm(h, matrix.t(), out=logits)
         else:
-            torch.addmm(offset, h, matrix.t(), out=p)
-        if l is not p:
-            l.copy_(p)
-        added, of_rows = row_loss(l, chunk, any(wanted))
+            torch.addmm(offset, h, matrix.t(), out=logits)
+        added, of_rows = row_loss(logits, chunk, any(wanted))  # from here on they may be their gradient
         total += added.double().sum()
         values.index_copy_(0, chunk, of_rows.double())
         if of_bias is not None:
-            of_bias += l.sum(0)
-        if p.dtype != l.dtype:
-            p.copy_(l)
+            of_bias += logits.sum(0, dtype=exact)
         if of_hidden is not None:
-            of_hidden.index_copy_(0, chunk, p if matrix is None else p @ matrix)
+            of_hidden.index_copy_(0, chunk, logits if matrix is None else logits @ matrix)
         if of_weight is not None:
-            _add_product(of_weight, p, h)
+            _add_product(of_weight, logits, h)
     return total, values, of_hidden, of_weight, of_bias
 
 

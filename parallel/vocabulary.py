@@ -58,16 +58,18 @@ class Vocabulary:
     ) -> CrossEntropy:
         """The cross-entropy of each row of logits [N, V'], for `linear_loss`: -log p(target) in nats, targets int64 of
         N elements, times weights. A token that is left out has no probability."""
-        first, columns = self.first, self._shard(0).piece if self.divided else self.size
-        left_out = [] if without is None else [slice(without - first, without - first + 1)]
-        padding = [slice(max(self.size - first, 0), columns)] if self.divided else []
-        targets = targets.flatten() - first
+        targets, weights = targets.flatten(), weights.flatten().float()
+        if not self.divided:
+            return CrossEntropy(targets, weights, z_loss, without)
+        first, columns = self.first, self._shard(0).piece
+        is_here = without is not None and first <= without < first + columns
         return CrossEntropy(
-            targets_N=targets.masked_fill(targets >= columns, -1),
-            weights_N=weights.flatten().float(),
+            targets_N=(targets - first).masked_fill(targets >= first + columns, -1),
+            weights_N=weights,
             z_loss=z_loss,
-            without=[each for each in (*left_out, *padding) if 0 <= each.start < each.stop <= columns],
-            join=self._join if self.divided else None,
+            without=without - first if is_here else None,
+            num_tokens=max(self.size - first, 0),
+            join=self._join,
         )
 
     def log_softmax(self, logits: Tensor) -> Tensor:
@@ -136,7 +138,7 @@ class Vocabulary:
 
     def _join(self, largest: Tensor, total: Tensor, at_target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What `CrossEntropy` asks for, in one message."""
-        each = self.axis.all_gather(torch.stack([largest, total, at_target])[None], 0)
+        each = self.axis.all_gather(torch.stack([largest.double(), total.double(), at_target.double()])[None], 0)
         largest = each[:, 0].amax(0)
         return largest, (each[:, 1] * (each[:, 0] - largest).exp()).sum(0), each[:, 2].sum(0)
 

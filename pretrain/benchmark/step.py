@@ -31,6 +31,7 @@ from braid.pretrain.model.backbone import Backbone
 from braid.pretrain.model.flops import TrainingFlops, mfu
 from braid.pretrain.objectives.base import Noise
 from braid.pretrain.objectives.build import build_objective
+from braid.pretrain.objectives.mdlm import MDLM
 from braid.pretrain.training.engines import build_engine
 from braid.pretrain.training.gradients import Gradients
 from braid.pretrain.training.optimizer import set_learning_rate
@@ -179,7 +180,7 @@ def _utilisation(tokens_per_second: float, flops: TrainingFlops, device: torch.d
     name = torch.cuda.get_device_name(device)
     return {
         "full_head": mfu(tokens_per_second, flops.total, device_name=name),
-        "needed": mfu(tokens_per_second, flops.total - flops.head / 2, device_name=name),
+        "needed": mfu(tokens_per_second, flops.needed(MDLM.token_share), device_name=name),
     }
 
 

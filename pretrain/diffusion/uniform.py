@@ -77,18 +77,16 @@ class MarginalDivergence:
     """The vocabulary-wide part is float64 too, a few rows at a time."""
 
     def __call__(self, logits_MV: Tensor, rows_M: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
-        if self.precise:
-            some = max(1, FLOAT64_CHUNK // logits_MV.shape[1])
-            pieces = zip(logits_MV.split(some), rows_M.split(some), strict=True)
-            nats = torch.cat([self._precisely(logits, rows, gradient) for logits, rows in pieces])
-        else:
-            nats = self._nats(logits_MV, rows_M, gradient)
+        some = max(1, FLOAT64_CHUNK // logits_MV.shape[1]) if self.precise else len(logits_MV)
+        pieces = zip(logits_MV.split(some), rows_M.split(some), strict=True)
+        nats = torch.cat([self._exactly(logits, rows, gradient) for logits, rows in pieces])
         return self.weights[rows_M] * nats, nats
 
-    def _precisely(self, logits_MV: Tensor, rows_M: Tensor, gradient: bool) -> Tensor:
-        exact = logits_MV.double()
+    def _exactly(self, logits_MV: Tensor, rows_M: Tensor, gradient: bool) -> Tensor:
+        exact = logits_MV.to(torch.float64 if self.precise else torch.promote_types(logits_MV.dtype, torch.float32))
         nats = self._nats(exact, rows_M, gradient)
-        logits_MV.copy_(exact)
+        if exact.dtype != logits_MV.dtype:
+            logits_MV.copy_(exact)
         return nats
 
     def _nats(self, logits_MV: Tensor, rows_M: Tensor, gradient: bool) -> Tensor:

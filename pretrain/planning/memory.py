@@ -23,8 +23,8 @@ LOGIT_BYTES = {"replaid": 22}
 For other objectives PLAIN_LOGIT_BYTES: the logits, their log-probabilities, and the gradients after and before the
 softmax, in float32."""
 PLAIN_LOGIT_BYTES = 16
-DIVERGENCE_BYTES = {"duo": 8, "gidd": 8}
-"""Bytes for every logit of a chunk that a loss of all probabilities takes beside the chunk itself."""
+DIVERGENCE_TENSORS = {"duo": 2, "gidd": 2}
+"""Float32 tensors of a chunk's shape that a loss of all probabilities takes beside them."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,11 @@ class Head:
         `half` is bf16 autocast; `copied`: weights are float32 then, and are cast."""
         if self.whole_logits:
             return LOGIT_BYTES.get(objective, PLAIN_LOGIT_BYTES) * self.num_logits
-        # Kept until the backward pass: both gradients. Beside them a chunk of logits, rounded ones and exact ones.
+        # Kept until the backward pass: both gradients. Beside them a chunk of logits, and what is made of it.
         kept = self.positions * self.width * (HALF if half else FLOAT) + FLOAT * self.weights
         chunk = chunk_rows(self.positions, self.num_tokens) * aligned(self.num_tokens)
-        each = FLOAT + (HALF if half else 0) + DIVERGENCE_BYTES.get(objective, 0)
+        each, tensors = HALF if half else FLOAT, DIVERGENCE_TENSORS.get(objective, 0)
+        each += FLOAT * (tensors + 1 if half and tensors else tensors)  # bf16 logits have a float32 copy there
         # The matrix that is multiplied, and some rows of a chunk's part of its gradient.
         cast = HALF * copied * self.weights + FLOAT * min(self.num_tokens, TOKENS_ADDED) * self.width
         return kept + each * chunk + (cast if half else 0)

@@ -32,12 +32,12 @@ def modulated_linear(inputs, outputs, cond):
 
 
 def head_bytes(positions, tokens, width, *, copied):
-    """A chunk of logits in bf16 and float32, the gradients of what the head reads and of its weights, 8192 rows of the
+    """A chunk of logits in bf16, the gradients of what the head reads and of its weights, 8192 rows of the
     latter again, and the weights in bf16."""
     row = 64 * ceil(tokens / 64)
     chunk = min(positions, 2**26 // row) * row
     gradients = 2 * positions * width + 4 * tokens * width
-    return 6 * chunk + gradients + 4 * min(tokens, 8192) * width + 2 * copied * tokens * width
+    return 2 * chunk + gradients + 4 * min(tokens, 8192) * width + 2 * copied * tokens * width
 
 
 def test_mdlm_70b_on_512(tmp_path, monkeypatch, capsys):
