@@ -57,10 +57,10 @@ class Rows:
         the later question wait for no more than that noise, which is long done by then; without it, asking would drain
         the device's queue.
         """
-        self._number = self._counts.sum()
-        if self._number.is_cuda:
-            there = torch.empty((), dtype=torch.int64, pin_memory=True)
-            self._number = there.copy_(self._number, non_blocking=True)
+        number = self._counts.sum()
+        self._number = torch.empty((), dtype=torch.int64, pin_memory=number.is_cuda)
+        self._number.copy_(number, non_blocking=True)
+        if number.is_cuda:
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
@@ -71,7 +71,7 @@ class Rows:
             self.begin()
         if self._arrived is not None:
             self._arrived.synchronize()
-        return int(self._number)
+        return int(self._number.numpy())
 
     def chunks(self, size: int) -> tuple[Tensor, ...]:
         """Numbers of the rows, int64, `size` at a time; the last ones may be fewer."""
