@@ -1,8 +1,10 @@
-"""Output head and cross-entropy, forward and backward: the masked half of the positions against all of them, and in
-chunks against all logits at once."""
+"""Output head and cross-entropy, forward and backward: the masked half of the positions against all of them, in chunks
+against all logits at once, and against what other libraries have for it where they are installed."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -32,12 +34,12 @@ def run(
     seconds: float = 60.0,
 ) -> dict[str, Any]:
     """Timings and peak memory, in bytes beside hidden states and weights, of `tokens` positions of which half are
-    masked; in bf16 on a GPU, as under autocast, in float32 on a CPU. `speedup` is over the masked rows in chunks, and
-    `memory_share` that of the last contender's which the others need."""
+    masked; in bf16 on a GPU, as under autocast, in float32 on a CPU. `speedup` is that of masked rows in chunks over
+    the others, and `memory_share` what the others need of the memory of all rows at once."""
     on, tokens = torch.device(device), tokens or SIZES[torch.device(device).type]
     shape = {"tokens": tokens, "width": width, "vocab": vocab}
     contenders = _contenders(on, **shape)
-    timings = interleaved(contenders, on, rounds=rounds, warmup=1)
+    timings = interleaved(contenders, on, rounds=rounds, warmup=1, seconds=seconds)
     peaks = {name: peak_bytes(call, on) for name, call in contenders.items()}
     first, last = CONTENDERS[0], CONTENDERS[-1]
     return {
@@ -46,9 +48,9 @@ def run(
         "shape": shape,
         "results": {
             **as_json(timings),
-            "speedup": {name: timings[name].median_ms / timings[first].median_ms for name in CONTENDERS[1:]},
+            "speedup": {name: timings[name].median_ms / timings[first].median_ms for name in timings if name != first},
             "peak_bytes": peaks,
-            "memory_share": {name: peaks[name] / peaks[last] for name in CONTENDERS[:-1]},
+            "memory_share": {name: peaks[name] / peaks[last] for name in peaks if name != last},
         },
     }
 
@@ -90,4 +92,30 @@ def _contenders(device: torch.device, *, tokens: int, width: int, vocab: int) ->
         torch.autograd.grad((weights * F.cross_entropy(logits, targets, reduction="none")).sum(), leaves)
 
     everything = torch.ones_like(masked)
-    return dict(zip(CONTENDERS, (lambda: chunked(masked), lambda: chunked(everything), at_once), strict=True))
+    ours = (lambda: chunked(masked), lambda: chunked(everything), at_once)
+    contenders = dict(zip(CONTENDERS, ours, strict=True))
+    if device.type == "cuda":
+        contenders["all rows at once, compiled"] = torch.compile(at_once)
+
+    # They know no token that is left out.
+    if hasattr(F, "linear_cross_entropy"):
+        options = importlib.import_module("torch.nn").LinearCrossEntropyOptions()
+
+        def torchs() -> None:
+            cast = weight.to(dtype), bias.to(dtype)
+            nats = F.linear_cross_entropy(
+                hidden, cast[0], targets, linear_bias=cast[1], reduction="none", options=options
+            )
+            torch.autograd.grad((weights * nats).sum(), leaves)
+
+        contenders["torch's linear_cross_entropy"] = torchs
+    if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
+        module = importlib.import_module("liger_kernel.transformers.fused_linear_cross_entropy")
+        loss = module.LigerFusedLinearCrossEntropyLoss(reduction="none")
+
+        def liger() -> None:
+            nats = loss(weight.to(dtype), hidden, targets, bias.to(dtype))
+            torch.autograd.grad((weights * nats).sum(), leaves)
+
+        contenders["Liger's"] = liger
+    return contenders

@@ -11,22 +11,30 @@ from torch import Tensor
 from braid.kernels import dispatch
 from braid.kernels.noising import joint_noising
 
-from .measure import as_json, interleaved, machine
+from .measure import as_json, copy_bytes_per_second, interleaved, machine
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ROWS = {"cpu": 8, "cuda": 512}
 
 
 def run(
     device: str = "cpu",
     *,
-    rows: int = 8,
+    rows: int = 0,
     length: int = 1024,
     channels: int = 768,
     vocab: int = 50304,
     rounds: int = 20,
+    compiled: bool | None = None,
 ) -> dict[str, Any]:
-    """Timings of both, forward, for a table and z of each type; masks half the tokens."""
+    """Timings, forward, for a table and z of each type; masks half the tokens.
+
+    `share_of_copy` is how near reading a vector and writing z once comes to the bandwidth of a copy. `compiled`: time
+    the plain operations under torch.compile too; None: on a GPU alone.
+    """
     on, results = torch.device(device), {}
+    rows, compiled = rows or ROWS[on.type], on.type == "cuda" if compiled is None else compiled
+    bandwidth = copy_bytes_per_second(on)
     generator = torch.Generator(on).manual_seed(0)
     tokens = torch.randint(vocab - 1, (rows, length), device=on, generator=generator)
     ordinals, positions = torch.arange(rows, device=on), torch.arange(length, device=on)
@@ -46,9 +54,12 @@ def run(
             clean, eps = F.embedding(tokens, table), torch.randn(rows, length, channels, device=on, dtype=dtype)
             return noised, alpha.to(dtype)[:, None, None] * clean + sigma.to(dtype)[:, None, None] * eps
 
-        timings = interleaved({"eager": eager, "fused": fused}, on, rounds=rounds)
-        speedup = timings["eager"].median_ms / timings["fused"].median_ms
-        results[name] = as_json(timings) | {"speedup": speedup}
+        contenders = {"fused": fused, "eager": eager} | ({"compiled": torch.compile(eager)} if compiled else {})
+        timings = interleaved(contenders, on, rounds=rounds)
+        took = timings["fused"].median_ms
+        speedup = {other: timings[other].median_ms / took for other in timings if other != "fused"}
+        share = 2 * dtype.itemsize * rows * length * channels / took * 1e3 / bandwidth
+        results[name] = as_json(timings) | {"speedup": speedup, "share_of_copy": share}
     return {
         "machine": machine(on),
         "implementation": dispatch.choose(on.type).name,

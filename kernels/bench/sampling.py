@@ -9,14 +9,18 @@ import torch
 from braid.kernels import dispatch, sampling_eager
 from braid.kernels.sampling import ReverseStep, draw_tokens
 
-from .measure import as_json, interleaved, machine
+from .measure import as_json, copy_bytes_per_second, interleaved, machine
+
+ROWS = {"cpu": 64, "cuda": 4096}
 
 
-def run(device: str = "cpu", *, rows: int = 64, vocab: int = 50257, rounds: int = 20) -> dict[str, Any]:
+def run(device: str = "cpu", *, rows: int = 0, vocab: int = 50257, rounds: int = 20) -> dict[str, Any]:
     """Timings of one draw for each of `rows` rows of logits: of the token itself, with a nucleus, and of the reverse
     step of the uniform process. torch's draws (softmax and multinomial; the argmax of logits and Gumbel noise) have the
-    resolution of float32 and depend on the batch."""
+    resolution of float32 and depend on the batch. `share_of_copy`: how near reading the logits once comes to the
+    bandwidth of a copy."""
     on = torch.device(device)
+    rows, bandwidth = rows or ROWS[on.type], copy_bytes_per_second(on)
     generator = torch.Generator(on).manual_seed(0)
     logits = 3 * torch.randn(rows, vocab, device=on, generator=generator)
     ordinals, positions = torch.arange(rows, device=on), torch.zeros(rows, dtype=torch.int64, device=on)
@@ -51,7 +55,8 @@ def run(device: str = "cpu", *, rows: int = 64, vocab: int = 50257, rounds: int 
     for name, each in contenders.items():
         timings = interleaved(each, on, rounds=rounds)
         fastest = {other: timings[other].median_ms / timings["ours"].median_ms for other in timings if other != "ours"}
-        results[name] = as_json(timings) | {"speedup": fastest}
+        share = 4 * rows * vocab / timings["ours"].median_ms * 1e3 / bandwidth
+        results[name] = as_json(timings) | {"speedup": fastest, "share_of_copy": share}
     return {
         "machine": machine(on),
         "implementation": dispatch.choose(on.type).name,
