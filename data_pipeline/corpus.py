@@ -20,7 +20,6 @@ from __future__ import annotations
 import fcntl
 import json
 from bisect import bisect_right
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +38,8 @@ PAIRS_FILE = "pairs.npy"
 BLOCK_BYTES = 64 << 10
 """Bytes of tokens in a stored row; the last row of a split may be shorter."""
 
+MANY_ENDS = 10  # documents in a row, from which on it is filled at once instead of document by document
+COUNT = np.arange(1 << 12)
 MAX_TABLES = 64  # shards whose block positions are kept; one table is some 16 KiB
 
 
@@ -164,15 +165,22 @@ class TokenCorpus:
 
     def read_into(self, start: int, out: np.ndarray) -> None:
         """`read(start, start + len(out))` into an existing array."""
+        self._check_span(start, start + len(out), self.num_stream_tokens)
         filled = 0
-        for tokens, ends, offset, num in self._blocks(self.shard_starts, True, start, start + len(out)):
-            _fill(out[filled : filled + num], tokens, ends, offset, self.eos_id)
+        while filled < len(out):
+            block, offset, num = self._block(self.shard_starts, True, start + filled)
+            _fill(out[filled : filled + num], block["tokens"], block["ends"], offset, self.eos_id)
             filled += num
 
     def stored_tokens(self, start: int, stop: int) -> np.ndarray:
         """Raw tokens [start, stop) of the split, without any special token: 1-D array of `dtype`."""
-        blocks = self._blocks(self._shard_tokens, False, start, stop)
-        return np.concatenate([np.empty(0, self.dtype), *(tokens[at : at + num] for tokens, _, at, num in blocks)])
+        self._check_span(start, stop, self.num_tokens)
+        parts = [np.empty(0, self.dtype)]
+        while start < stop:
+            block, offset, num = self._block(self._shard_tokens, False, start)
+            parts.append(block["tokens"][offset : offset + min(num, stop - start)])
+            start += num
+        return np.concatenate(parts)
 
     def damage(self, shard: int) -> str | None:
         """Why a shard cannot be read, None when it is whole; found out at the first call, then remembered."""
@@ -195,18 +203,16 @@ class TokenCorpus:
             if line not in file.readlines():
                 file.write(line)
 
-    def _blocks(self, shard_starts: list[int], in_stream: bool, start: int, stop: int) -> Iterator[tuple]:
-        """The blocks that hold [start, stop), as (tokens, ends, offset of the first position wanted, how many)."""
-        if not 0 <= start <= stop <= shard_starts[-1]:
-            raise IndexError(f"[{start}, {stop}) of {shard_starts[-1]} positions")
-        while start < stop:
-            shard = bisect_right(shard_starts, start) - 1
-            table = self._tables.get((shard, in_stream)) or self._table(shard, in_stream)
-            k = bisect_right(table, start) - 1
-            num = min(stop, table[k + 1]) - start
-            block = self._reader.shard_row(shard, k)
-            yield block["tokens"], block["ends"], start - table[k], num
-            start += num
+    def _check_span(self, start: int, stop: int, length: int) -> None:
+        if not 0 <= start <= stop <= length:
+            raise IndexError(f"[{start}, {stop}) of {length} positions")
+
+    def _block(self, shard_starts: list[int], in_stream: bool, position: int) -> tuple[dict[str, np.ndarray], int, int]:
+        """The block that holds a position, the offset of the position in it, and how many positions follow there."""
+        shard = bisect_right(shard_starts, position) - 1
+        table = self._tables.get((shard, in_stream)) or self._table(shard, in_stream)
+        k = bisect_right(table, position) - 1
+        return self._reader.shard_row(shard, k), position - table[k], table[k + 1] - position
 
     def _table(self, shard: int, in_stream: bool) -> list[int]:
         """Positions (in the stream, or in the raw tokens) at which the blocks of a shard begin, and where it ends."""
@@ -262,16 +268,28 @@ class TokenCorpus:
 
 def _fill(out: np.ndarray, tokens: np.ndarray, ends: np.ndarray, start: int, eos_id: int) -> None:
     """Positions [start, start + len(out)) of one block's stream: its tokens with an EOS at each document end."""
-    positions = ends + np.arange(len(ends))  # of the EOS, in the stream of the block
-    before, until = np.searchsorted(positions, (start, start + len(out)))
-    raw = tokens[start - before : start + len(out) - until]
-    if before == until:
-        out[:] = raw
+    positions = ends + (
+        COUNT[: len(ends)] if len(ends) <= len(COUNT) else np.arange(len(ends))
+    )  # of EOS, in the stream
+    before = int(positions.searchsorted(start))
+    begin, filled = start - before, 0
+    following = ends[before : before + MANY_ENDS].tolist()
+    if len(following) == MANY_ENDS and following[-1] - begin + MANY_ENDS <= len(out):
+        until = int(positions.searchsorted(start + len(out)))
+        is_text = np.ones(len(out), bool)
+        is_text[positions[before:until] - start] = False
+        out[is_text] = tokens[begin : start + len(out) - until]
+        out[~is_text] = eos_id
         return
-    is_text = np.ones(len(out), bool)
-    is_text[positions[before:until] - start] = False
-    out[is_text] = raw
-    out[~is_text] = eos_id
+    for end in following:
+        length = end - begin
+        if filled + length >= len(out):
+            break
+        out[filled : filled + length] = tokens[begin:end]
+        out[filled + length] = eos_id
+        filled += length + 1
+        begin = end
+    out[filled:] = tokens[begin : begin + len(out) - filled]
 
 
 def _read_manifest(folder: Path) -> dict:

@@ -124,7 +124,7 @@ class Loader:
             while True:
                 indices, position = self._plan_step(position)
                 positions.append(position)
-                yield from np.split(indices, num_micro_batches)
+                yield from indices.reshape(num_micro_batches, -1)
 
         if self.workers:
             tokens = _read_in_workers(self.rows, requests(), self.workers)
@@ -132,7 +132,7 @@ class Loader:
             tokens = map(self.rows.read, requests())
         while True:
             ordinals = self.consumed + np.arange(self._first, self._stop)
-            step = [Batch.of_rows(self.rows, next(tokens), part) for part in np.split(ordinals, num_micro_batches)]
+            step = [Batch.of_rows(self.rows, next(tokens), part) for part in ordinals.reshape(num_micro_batches, -1)]
             self.consumed += self.global_batch_size
             self.position = positions.popleft()
             yield step
@@ -165,8 +165,8 @@ class Loader:
     def _plan_step(self, position: int) -> tuple[np.ndarray, int]:
         """Row indices of this rank in the global batch that starts at `position`, and the position where it ends."""
         if self.rows.corpus.damaged == "stop":
-            mine = [self.order[position + k] for k in range(self._first, self._stop)]
-            return np.array(mine), position + self.global_batch_size
+            mine = self.order.span(position + self._first, position + self._stop)
+            return mine, position + self.global_batch_size
         kept: list[int] = []
         num_left_out = 0
         while len(kept) < self.global_batch_size:

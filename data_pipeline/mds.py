@@ -27,7 +27,9 @@ from braid.kernels.errors import InputError
 DTYPES = {"ndarray:uint16": np.dtype("<u2"), "ndarray:uint32": np.dtype("<u4"), "ndarray:int32": np.dtype("<i4")}
 
 # A one-dimensional column begins with `1 << 2 | code`; the code gives the width of its length.
-LENGTH_FORMATS = {4: "<B", 5: "<H", 6: "<I", 7: "<Q"}
+LENGTHS = {code: struct.Struct(format) for code, format in ((4, "<B"), (5, "<H"), (6, "<I"), (7, "<Q"))}
+BEFORE_VALUES = {code: 1 + length.size for code, length in LENGTHS.items()}
+OFFSET = struct.Struct("<I")
 
 
 class MDSWriter:
@@ -135,32 +137,31 @@ class MDSReader(ShardReader):
         index = read_index(Path(folder), _problem, change)
         super().__init__(Path(folder), index["shards"])
         columns = self._entries[0]
-        self._names = columns["column_names"]
-        self._dtypes = [DTYPES[encoding] for encoding in columns["column_encodings"]]
-        self._sizes_format = f"<{len(self._names)}I"
+        dtypes = [DTYPES[encoding] for encoding in columns["column_encodings"]]
+        self._columns = [(name, t, t.itemsize) for name, t in zip(columns["column_names"], dtypes, strict=True)]
+        self._sizes_format = f"<{len(self._columns)}I"
 
     def shard_row(self, shard: int, k: int) -> dict[str, np.ndarray]:
         """Row `k` of a shard: column name -> read-only 1-D array."""
         data = self._maps.get(shard) or self._open(shard)
-        (start,) = struct.unpack_from("<I", data, 4 + 4 * k)
+        (start,) = OFFSET.unpack_from(data, 4 + 4 * k)
         sizes = struct.unpack_from(self._sizes_format, data, start)
         at = start + 4 * len(sizes)
         row = {}
-        for name, dtype, size in zip(self._names, self._dtypes, sizes, strict=True):
-            length_format = LENGTH_FORMATS.get(data[at])
-            if length_format is None:
+        for (name, dtype, itemsize), size in zip(self._columns, sizes, strict=True):
+            before = BEFORE_VALUES.get(data[at])
+            if before is None:
                 raise InputError(
                     f"{self.folder / self.shard_names[shard]}: row {k}: column {name} is not a one-dimensional array",
                     change="write the corpus with `braid prepare`",
                 )
-            (length,) = struct.unpack_from(length_format, data, at + 1)
-            row[name] = np.frombuffer(data, dtype, length, at + size - length * dtype.itemsize)
+            row[name] = np.frombuffer(data, dtype, (size - before) // itemsize, at + before)
             at += size
         return row
 
     def _open(self, shard: int) -> mmap.mmap:
         data = super()._open(shard)
-        (num_rows,) = struct.unpack_from("<I", data)
+        (num_rows,) = OFFSET.unpack_from(data)
         if num_rows != self._entries[shard]["samples"]:
             self._maps.pop(shard, None)
             raise self._damaged(shard, f"it holds {num_rows} rows, index.json says {self._entries[shard]['samples']}")
@@ -176,7 +177,7 @@ def _encoded(columns: list[np.ndarray]) -> bytes:
 def _length_prefix(array: np.ndarray) -> bytes:
     length = len(array)
     code = 4 if length < 1 << 8 else 5 if length < 1 << 16 else 6
-    return struct.pack("<B" + LENGTH_FORMATS[code][1], code, length)
+    return bytes([code]) + LENGTHS[code].pack(length)
 
 
 def _problem(index: dict) -> str | None:

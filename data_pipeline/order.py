@@ -36,6 +36,18 @@ class ShuffledOrder:
 
     def __getitem__(self, position: int) -> int:
         """Row at `position` >= 0 of the endless order; the epoch is position // len(order)."""
+        return int(self._following(position)[0])
+
+    def span(self, start: int, stop: int) -> np.ndarray:
+        """Rows at positions [start, stop): int64."""
+        parts = [np.empty(0, np.int64)]
+        while start < stop:
+            parts.append(self._following(start)[: stop - start])
+            start += len(parts[-1])
+        return np.concatenate(parts)
+
+    def _following(self, position: int) -> np.ndarray:
+        """The rows from `position` to the end of its window."""
         assert position >= 0, f"position {position}"
         epoch, k = divmod(position, self._num_rows)
         _, starts = self._epochs.get(epoch) or self._plan_epoch(epoch)
@@ -43,7 +55,7 @@ class ShuffledOrder:
         rows = self._windows.get((epoch, window))
         if rows is None:
             rows = self._shuffle_window(epoch, window)
-        return int(rows[k - starts[window]])
+        return rows[k - starts[window] :]
 
     def _plan_epoch(self, epoch: int) -> tuple[np.ndarray, list[int]]:
         """The shards in the order of this epoch, and the position within it at which each window starts."""

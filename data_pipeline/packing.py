@@ -75,10 +75,10 @@ class Rows:
         out = np.full((len(indices), self.sequence_length), self.corpus.eos_id, self.corpus.dtype)
         first = int(self.packing != "stream")
         out[:, :first] = self.corpus.bos_id
-        for i, row in zip(indices, out, strict=True):
-            if not 0 <= i < len(self):
+        for i, row in zip(np.asarray(indices, np.int64).tolist(), out, strict=True):
+            if not 0 <= i < self._cuts.num_rows:
                 raise IndexError(f"row {i} of {len(self)}")
-            start, stop = self._cuts.span(int(i))
+            start, stop = self._cuts.span(i)
             self.corpus.read_into(start, row[first : first + stop - start])
         return out
 

@@ -29,6 +29,15 @@ def epoch(order: ShuffledOrder, number: int) -> list[int]:
     return [order[number * len(order) + k] for k in range(len(order))]
 
 
+@pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES.keys())
+def test_spans_are_the_rows_one_by_one(sizes):
+    order = ShuffledOrder(sizes, seed=3, window=2)
+    for start in (0, 1, len(order) - 1, 2 * len(order), 5 * len(order) + 3):
+        for length in (0, 1, 7, len(order) + 5):  # over the edges of windows and epochs
+            rows = order.span(start, start + length)
+            assert rows.dtype == np.int64 and rows.tolist() == [order[start + k] for k in range(length)]
+
+
 @pytest.mark.parametrize("window", [1, 2, 3, 100])
 @pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES.keys())
 def test_every_row_once_per_epoch(sizes, window):
