@@ -138,6 +138,14 @@ def test_datasets(tmp_path, tokenizer, ids):
     assert "splits train" in caught.value.found
 
 
+def test_a_selection_of_rows_is_refused(tmp_path, tokenizer, ids):
+    state = write_dataset(tmp_path / "a", ids) / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"_indices_data_files": [{"filename": "i.arrow"}]}))
+    with pytest.raises(InputError, match="selection") as caught:
+        open_files(tmp_path / "a", tokenizer)
+    assert "flatten_indices" in caught.value.change
+
+
 def test_rows_cut_from_one_text(tmp_path, tokenizer, ids):
     """Rows of equal length say nothing about documents: they end at EOS alone, also over the edge of a file."""
     stream = with_eos(ids, tokenizer)
