@@ -130,7 +130,8 @@ def steps(
         lengths = watch(objective.network)
         terms, _ = step(objective, precision)
         prefix = NUM_PREFIX if name == "elf" else 0
-        assert LENGTH // plan.context in lengths and max(lengths) <= (LENGTH + prefix) // plan.context, (name, lengths)
+        share = (LENGTH + prefix) // plan.context // (plan.tensor if plan.sequence else 1)
+        assert share in lengths and max(lengths) <= (LENGTH + prefix) // plan.context, (name, lengths)
         parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
         sum_partial_gradients(parameters, mesh.tensor)
         reduce_gradients(parameters, mesh.reduction)
