@@ -13,7 +13,6 @@ from braid.kernels.toolchain import BuildError
 NVCC = toolchain.find_nvcc()
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
 @pytest.mark.parametrize("source", sorted(path.name for path in toolchain.SOURCES.glob("*_cuda.cu")))
 def test_nvcc_compiles_for_all_architectures_without_spilling(source, tmp_path):
