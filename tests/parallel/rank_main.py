@@ -16,6 +16,7 @@ import torch
 from braid.parallel.data_parallel import init_world
 
 if __name__ == "__main__":
+    faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)  # asked for when the call takes too long: where does this rank stand?
     torch.set_num_threads(1)
     folder, rank, size = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

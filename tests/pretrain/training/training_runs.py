@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import itertools
 import json
 import os
 import re
@@ -43,8 +44,8 @@ TINY = {
 class Process:
     """A running Python. Its output is in `out` and `err`, complete once it has ended."""
 
-    def __init__(self, python: WarmPython, pid: int, stdout: Path, stderr: Path) -> None:
-        self.python, self.pid, self.stdout, self.stderr = python, pid, stdout, stderr
+    def __init__(self, python: WarmPython, number: int, pid: int, stdout: Path, stderr: Path) -> None:
+        self.python, self.number, self.pid, self.stdout, self.stderr = python, number, pid, stdout, stderr
 
     @property
     def out(self) -> str:
@@ -58,7 +59,7 @@ class Process:
     def code(self) -> int | None:
         """Exit code, minus the signal for one that was killed; None while it runs."""
         self.python.read_answers(0)
-        return self.python.codes.get(self.pid)
+        return self.python.codes.get(self.number)
 
     def cpu_seconds(self) -> float:
         """Time on a processor so far."""
@@ -100,7 +101,11 @@ class WarmPython:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
-        self._buffered, self._started, self.codes = b"", [], {}
+        self._buffered = b""
+        self._pids: dict[int, int] = {}
+        self.codes: dict[int, int] = {}
+        """By the number of the request: a long session uses process ids more than once."""
+        self._requests = itertools.count()
         atexit.register(self._close)
 
     def start(self, argv: list[str], cwd: Path, env: dict[str, str], output: Path) -> Process:
@@ -108,12 +113,14 @@ class WarmPython:
         stdout, stderr = output.with_suffix(".out"), output.with_suffix(".err")
         for file in (stdout, stderr):
             file.write_bytes(b"")
-        request = {"argv": argv, "cwd": str(cwd), "env": env, "stdout": str(stdout), "stderr": str(stderr)}
+        number = next(self._requests)
+        request = {"number": number, "argv": argv, "cwd": str(cwd), "env": env}
+        request |= {"stdout": str(stdout), "stderr": str(stderr)}
         self._server.stdin.write(json.dumps(request).encode() + b"\n")
         self._server.stdin.flush()
-        while not self._started:
+        while number not in self._pids:
             self.read_answers(60)
-        return Process(self, self._started.pop(), stdout, stderr)
+        return Process(self, number, self._pids.pop(number), stdout, stderr)
 
     def _close(self) -> None:
         self._server.stdin.close()
@@ -128,10 +135,10 @@ class WarmPython:
         *lines, self._buffered = (self._buffered + received).split(b"\n")
         for line in lines:
             match json.loads(line):
-                case [pid]:
-                    self._started.append(pid)
-                case [pid, code]:
-                    self.codes[pid] = code
+                case ["started", number, pid]:
+                    self._pids[number] = pid
+                case ["ended", number, code]:
+                    self.codes[number] = code
 
 
 @functools.cache

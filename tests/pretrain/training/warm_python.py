@@ -2,11 +2,11 @@
 
     python warm_python.py MODULE ...         imports the modules named, then reads requests from its standard input
 
-A request is a line of JSON: `argv` (what would stand after `python`: `-m MODULE WORDS` or `SCRIPT WORDS`), `cwd`, `env`
-(the whole environment), `stdout` and `stderr` (files). The child it forks runs that as `__main__`: a process like any
-other, with its own process id, signals, locks and exit code. Only taking the interpreter apart at the end is left out,
-which costs a second with torch in it. Answers are lines too: `[pid]` for each request, and `[pid, exit code]` when that
-child is gone (minus the signal for one that was killed).
+A request is a line of JSON: its `number`, `argv` (what would stand after `python`: `-m MODULE WORDS` or `SCRIPT WORDS`),
+`cwd`, `env` (the whole environment), `stdout` and `stderr` (files). The child it forks runs that as `__main__`: a
+process like any other, with its own process id, signals, locks and exit code. Only taking the interpreter apart at the
+end is left out, which costs a second with torch in it. Answers are lines too: `["started", number, pid]`, and
+`["ended", number, exit code]` when that child is gone (minus the signal for one that was killed).
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ import runpy
 import select
 import sys
 import traceback
+from collections.abc import Iterable
 
 
 def serve() -> list[str]:
     """Fork for each request until standard input ends. Returns in the children alone, with their arguments."""
-    running: dict[int, int] = {}  # pidfd -> pid
+    running: dict[int, tuple[int, int]] = {}  # pidfd -> number of the request, process id
     requests = sys.stdin.fileno()
     buffered = b""
     while True:
         readable, _, _ = select.select([requests, *running], [], [])
         for pidfd in set(readable) - {requests}:
-            pid = running.pop(pidfd)
+            number, pid = running.pop(pidfd)
             os.close(pidfd)
-            print(json.dumps([pid, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])]), flush=True)
+            print(json.dumps(["ended", number, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])]), flush=True)
         if requests not in readable:
             continue
         received = os.read(requests, 1 << 20)
@@ -41,13 +42,13 @@ def serve() -> list[str]:
             sys.exit()
         *lines, buffered = (buffered + received).split(b"\n")
         for line in lines:
+            request = json.loads(line)
             pid = os.fork()
             if pid == 0:
-                request = json.loads(line)
                 become(request, running)
                 return request["argv"]
-            running[os.pidfd_open(pid)] = pid
-            print(json.dumps([pid]), flush=True)
+            running[os.pidfd_open(pid)] = request["number"], pid
+            print(json.dumps(["started", request["number"], pid]), flush=True)
 
 
 def run_as_main(argv: list[str]) -> int:
@@ -69,7 +70,7 @@ def run_as_main(argv: list[str]) -> int:
     return 0
 
 
-def become(request: dict, inherited: dict[int, int]) -> None:
+def become(request: dict, inherited: Iterable[int]) -> None:
     """Make this child the process that was asked for: environment, directory, streams, arguments."""
     os.setpgid(0, 0)  # a Ctrl-C at the test runner's terminal is not one at this process's
     for pidfd in inherited:
