@@ -111,16 +111,30 @@ class _LinearLoss(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:3]
         total, values, *gradients = _forward(hidden, weight, bias, rows, row_loss, wanted)
         ctx.save_for_backward(*gradients)
-        ctx.dtypes = [None if each is None else each.dtype for each in (hidden, weight, bias)]
+        inputs = hidden, weight, bias
+        ctx.dtypes = [None if each is None else each.dtype for each in inputs]
+        ctx.sums = [getattr(each, "main_grad", None) for each in inputs]
         ctx.mark_non_differentiable(values)
         return total, values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        # In place: a second [V, W] would be the largest tensor here. Autograd refuses to come back here after that.
-        found = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(None if each is None else each.mul_(of_total).to(dtype) for each, dtype in found), None, None
+        found = zip(ctx.saved_tensors, ctx.dtypes, ctx.sums, strict=True)
+        return *(None if each is None else _deliver(each, of_total, *to) for each, *to in found), None, None
+
+
+def _deliver(gradient: Tensor, factor: Tensor, dtype: torch.dtype, total: Tensor | None) -> Tensor:
+    """What autograd is given, of the input's dtype; the gradient is spent.
+
+    total: where an engine sums up the gradients of a parameter in a wider dtype than its own (Megatron's `main_grad`).
+    It gets the gradient as it is, and autograd, which would carry it there, a zero.
+    """
+    gradient.mul_(factor)  # in place: a second [V, W] would be the largest tensor here
+    if total is None or total.dtype == dtype:
+        return gradient.to(dtype)
+    total += gradient
+    return gradient.new_zeros((), dtype=dtype).expand_as(gradient)
 
 
 def _forward(

@@ -26,8 +26,9 @@ LAYOUTS = {
 }
 QUICK = ["mdlm", "ccdd-moedit-1", "replaid", "elf", "di_ladd-learned"]
 OTHERS = [name for name in CASES if name not in QUICK]
-ROUNDED_ONCE_MORE = {"ccdd-moedit-1", "ccdd-moedit-2-of-3"}
-"""Experts of which some answer: what autocast casts is not their weights but a stack of them."""
+ROUNDED_ONCE_MORE = {"ccdd-moedit-1", "ccdd-moedit-2-of-3", "co_ladd-own-denoiser"}
+"""Experts of which some answer: what autocast casts is not their weights but a stack of them. A head that makes all its
+logits in two passes of a step: where its weights are bfloat16, so is the sum of the two gradients."""
 NAMES = pytest.mark.parametrize("names", [QUICK, pytest.param(OTHERS, marks=pytest.mark.slow)], ids=["quick", "others"])
 
 
@@ -58,8 +59,8 @@ def test_trains_as_one_process(ranks, layout: str, names: list[str]) -> None:
             assert found.norms == pytest.approx(wanted.norms, rel=2e-6)
             assert found.averaged_loss == pytest.approx(wanted.averaged_loss, rel=1e-6)
             assert_near(found.gradients, wanted.gradients, 1e-5)
-            assert_near(found.weights, wanted.weights, 1e-5)
-            assert_near(found.averages, wanted.averages, 1e-5)
+            assert_near(found.weights, wanted.weights, 2e-5)
+            assert_near(found.averages, wanted.averages, 2e-5)
             assert_near(found.state, wanted.state, 1e-5)
 
 
@@ -74,7 +75,7 @@ def assert_near(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor],
 @NAMES
 def test_bf16_is_that_of_autocast(ranks, names: list[str]) -> None:
     """Weights kept in bfloat16 are those that autocast would cast, in every use: one process beside torch's optimizer
-    on float32 weights. To the bit in the first step, but for the heads."""
+    on float32 weights, to the bit."""
     (runs,) = ranks(
         train_on_ranks, 1, names, ParallelConfig(engine="megatron"), "bf16", STEPS, BUCKET, timeout_s=PATIENCE_S
     )
@@ -85,9 +86,10 @@ def test_bf16_is_that_of_autocast(ranks, names: list[str]) -> None:
             assert found.losses == pytest.approx(wanted.losses, rel=2e-3)
             assert_near(found.gradients, wanted.gradients, 2**-7)
             continue
-        assert found.losses == pytest.approx(wanted.losses, rel=2e-3)
-        assert found.norms[0] == pytest.approx(wanted.norms[0], rel=1e-4)
-        assert_near(*without_heads(found.gradients, wanted.gradients), 0)
+        assert found.losses == wanted.losses and found.averaged_loss == wanted.averaged_loss
+        assert found.norms == pytest.approx(wanted.norms, rel=1e-6)
+        assert_near(found.gradients, wanted.gradients, 0)
+        assert_near(found.weights, wanted.weights, 1e-6)
 
 
 def test_bf16_on_ranks(ranks) -> None:
@@ -101,16 +103,7 @@ def test_bf16_on_ranks(ranks) -> None:
         assert found.losses[0] == wanted[0].losses[0] and found.losses == runs[0].losses
         assert found.losses == pytest.approx(wanted[0].losses, rel=1e-3)
         assert found.norms == pytest.approx(wanted[0].norms, rel=1e-3)
-        assert_near(*without_heads(found.gradients, wanted[0].gradients), 1e-5)
-
-
-def without_heads(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> tuple[dict, dict]:
-    """Without the weights of the output layers, which are compared here: the forward pass makes their gradient, to be
-    scaled in the backward pass; where they are bfloat16, each micro-batch's is rounded to that once it is scaled."""
-    heads = [name for name in wanted if "_head." in name]
-    assert heads
-    assert_near({name: found[name] for name in heads}, {name: wanted[name] for name in heads}, 2**-8)
-    return tuple({name: x for name, x in each.items() if name not in heads} for each in (found, wanted))
+        assert_near(found.gradients, wanted[0].gradients, 1e-5)
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
