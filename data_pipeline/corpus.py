@@ -182,6 +182,15 @@ class TokenCorpus:
             start += num
         return np.concatenate(parts)
 
+    def document_ends(self, shard: int) -> np.ndarray:
+        """How many raw tokens of the split lie before the end of each document that ends in a shard: int64."""
+        first, block = self._shard_tokens[shard], self._first_blocks[shard]
+        parts = [np.empty(0, np.int64)]
+        for k in range(self._first_blocks[shard + 1] - block):
+            parts.append(first + self._reader.shard_row(shard, k)["ends"])
+            first += int(self._rows[block + k, 0])
+        return np.concatenate(parts)
+
     def damage(self, shard: int) -> str | None:
         """Why a shard cannot be read, None when it is whole; found out at the first call, then remembered."""
         if shard not in self._damage:

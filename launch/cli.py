@@ -17,6 +17,7 @@ PRETRAIN_SUMMARY = "train a model from a recipe"
 # after the command is an action with options of its own.
 COMMANDS = {
     "prepare": ("tokenise texts into a corpus", "braid.data_pipeline.prepare"),
+    "data": ("what a prepared corpus holds, and whether it is whole", "braid.pretrain.corpora.command"),
     "sample": ("draw texts from a checkpoint", "braid.pretrain.sampling.command"),
     "evaluate": ("bounds and qualities of a checkpoint, with standard errors", "braid.pretrain.evaluation.command"),
     "convert": ("say what a checkpoint holds, or pack it anew", "braid.pretrain.convert.command"),

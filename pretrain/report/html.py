@@ -59,36 +59,45 @@ def write_report(run_dir: Path, *, comparisons: Sequence[Path] = (), output: Pat
     return path
 
 
-def render(run: Run, beside: Sequence[Run] = ()) -> str:
-    """The page as text."""
+def templates() -> jinja2.Environment:
+    """The pages of ASSETS, which may show each other's assets."""
     loader = jinja2.FileSystemLoader(ASSETS)
     pages = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     pages.globals |= {"asset": lambda name: Markup((ASSETS / name).read_text(encoding="utf-8")), "show": formatting}
+    return pages
+
+
+def render(run: Run, beside: Sequence[Run] = ()) -> str:
+    """The page as text."""
     names = _names(run, beside)
-    return pages.get_template("report.html.jinja").render(
-        run=run,
-        title=names[0],
-        objective=_objective(run),
-        facts=_facts(run),
-        results=results_of(run, beside, names),
-        quality=quality_of(run, beside, names),
-        last_validation=_last_validation(run),
-        training_charts=training_charts((run, *beside), names),
-        term_charts=term_charts(run),
-        num_lost=sum(int(np.isnan(columns["loss"]).sum()) for columns in (run.train, run.validation)),
-        mixed_objectives=len({each.objective for each in (run, *beside)}) > 1,
-        time_chart=time_chart(run),
-        schedule_charts=schedule_charts(run.schedule),
-        schedule_note=_schedule_note(run),
-        speed_charts=speed_charts(run),
-        mfu_known=run.train.has("mfu"),
-        trajectory=trajectory_of(run.trajectory),
-        samples=_sample_groups(run),
-        sample_entropy=_sample_entropy(run.evaluation),
-        config_lines=list(_config_lines(run.config_text)),
-        environment=_environment(run.environment),
+    return (
+        templates()
+        .get_template("report.html.jinja")
+        .render(
+            run=run,
+            title=names[0],
+            objective=_objective(run),
+            facts=_facts(run),
+            results=results_of(run, beside, names),
+            quality=quality_of(run, beside, names),
+            last_validation=_last_validation(run),
+            training_charts=training_charts((run, *beside), names),
+            term_charts=term_charts(run),
+            num_lost=sum(int(np.isnan(columns["loss"]).sum()) for columns in (run.train, run.validation)),
+            mixed_objectives=len({each.objective for each in (run, *beside)}) > 1,
+            time_chart=time_chart(run),
+            schedule_charts=schedule_charts(run.schedule),
+            schedule_note=_schedule_note(run),
+            speed_charts=speed_charts(run),
+            mfu_known=run.train.has("mfu"),
+            trajectory=trajectory_of(run.trajectory),
+            samples=_sample_groups(run),
+            sample_entropy=_sample_entropy(run.evaluation),
+            config_lines=list(_config_lines(run.config_text)),
+            environment=_environment(run.environment),
+        )
     )
 
 

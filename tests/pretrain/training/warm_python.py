@@ -2,11 +2,11 @@
 
     python warm_python.py MODULE ...         imports the modules named, then reads requests from its standard input
 
-A request is a line of JSON: its `number`, `argv` (what would stand after `python`: `-m MODULE WORDS` or `SCRIPT WORDS`),
-`cwd`, `env` (the whole environment), `stdout` and `stderr` (files). The child it forks runs that as `__main__`: a
-process like any other, with its own process id, signals, locks and exit code. Only taking the interpreter apart at the
-end is left out, which costs a second with torch in it. Answers are lines too: `["started", number, pid]`, and
-`["ended", number, exit code]` when that child is gone (minus the signal for one that was killed).
+A request is a line of JSON: its `number`, `argv` (what would stand after `python`: `-m MODULE WORDS` or
+`SCRIPT WORDS`), `cwd`, `env` (the whole environment), `stdout` and `stderr` (files). The child it forks runs that as
+`__main__`: a process like any other, with its own process id, signals, locks and exit code. Only taking the interpreter
+apart at the end is left out, which costs a second with torch in it. Answers are lines too: `["started", number, pid]`,
+and `["ended", number, exit code]` when that child is gone (minus the signal for one that was killed).
 """
 
 from __future__ import annotations
