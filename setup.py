@@ -38,6 +38,8 @@ EXTRAS = {
     # ranks (`managed_gradient_accumulation`, `gradient_allreduce_op`); older versions overlook what they do not know.
     "deepspeed": ["deepspeed>=0.19.8"],
     "webdataset": ["webdataset>=1.0.2"],
+    "s3": ["s3fs>=2024.2"],
+    "http": ["aiohttp>=3.9"],
     # What mosaicml-streaming needs at run time. The package itself is installed with --no-deps (see the Makefile): what
     # it declares would replace torch and bring torchvision.
     "mds": [
@@ -50,7 +52,8 @@ EXTRAS = {
         "filelock>=3.12",
     ],
 }
-TEST_TOOLS = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "setuptools>=77"]
+# moto is the S3 server of the tests; Flask is what it serves with.
+TEST_TOOLS = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "setuptools>=77", "moto>=5", "flask>=3", "flask-cors>=5"]
 EXTRAS["test"] = [*TEST_TOOLS, *(package for extra in EXTRAS.values() for package in extra)]
 # Torch's CUDA build brings the version it wants; beside its CPU build tests interpret and compile the kernels with it.
 EXTRAS["kernels"] = ['triton>=3.4; platform_system == "Linux"']
@@ -112,6 +115,7 @@ setup(
         "rich>=13",
         "safetensors>=0.4",
         "tokenizers>=0.20",
+        "fsspec>=2024.2",
         "xxhash>=3.4",
         "zstandard>=0.22",
         "jinja2>=3.1",
