@@ -29,7 +29,7 @@ from braid.data_pipeline.corpus import (
 from braid.data_pipeline.embedded import EmbeddedCorpus
 from braid.data_pipeline.formats import FORMATS, shard_reader
 from braid.data_pipeline.progress import Progress
-from braid.data_pipeline.readers import TextFiles
+from braid.data_pipeline.readers import ENDINGS, TextFiles
 from braid.data_pipeline.shards import atomic_file
 from braid.data_pipeline.splitting import Source, Split, choose_split, training_sample
 from braid.data_pipeline.token_stores import TokenFiles
@@ -356,7 +356,7 @@ def _missing_space(output: Path, writers: dict[str, BlockWriter], source: Source
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `braid prepare`."""
     add = parser.add_argument
-    add("--input", nargs="+", metavar="PATH", help="files, folders, patterns: .txt, .jsonl (also .gz, .zst), .parquet")
+    add("--input", nargs="+", metavar="INPUT", help=f"files, folders, patterns, by path or URL: {ENDINGS}")
     add("--tokens", nargs="+", metavar="PATH", help="instead: ids of --tokenizer (Megatron, datatrove, datasets, flat)")
     add("--documents", choices=("index", "eos"), help="with --tokens: where documents end besides at EOS (index)")
     add("--token-dtype", choices=("uint16", "uint32"), help="with --tokens: of flat files that have no index")
@@ -364,10 +364,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", required=True, metavar="DIR", help="folder of the corpus; an interrupted one is continued")
     add("--tokenizer", metavar="T", help="bytes, train:N (byte-level BPE of N ids), a tokenizer.json, or its folder")
     add("--vocab-size", type=int, metavar="N", help=f"with --embedded: train:N, by default {EMBEDDED_VOCAB_SIZE}")
-    add("--text-field", default="text", metavar="F", help="field of .jsonl and .parquet with the text (text)")
+    add("--text-field", default="text", metavar="F", help="field of a record or column of a table with the text (text)")
     add("--pairs", action="store_true", help="(source, target) pairs, to train and score targets given sources")
-    add("--source-field", metavar="F", help="with --pairs: field of .jsonl and .parquet with the source (source)")
-    add("--target-field", metavar="F", help="with --pairs: field of .jsonl and .parquet with the target (target)")
+    add(
+        "--source-field",
+        metavar="F",
+        help="with --pairs: field of a record or column of a table with the source (source)",
+    )
+    add(
+        "--target-field",
+        metavar="F",
+        help="with --pairs: field of a record or column of a table with the target (target)",
+    )
     add("--separator", metavar="S", help=r"text between the documents of a .txt file; \n and \t are understood")
     add("--validation-fraction", type=float, default=0.05, metavar="F", help="share set apart for validation (0.05)")
     add(

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from braid.data_pipeline.readers import file_hash, file_size
+from braid.data_pipeline.inputs import file_hash, file_size
 from braid.data_pipeline.tokenizers import Tokenizer
 from braid.kernels.errors import InputError
 

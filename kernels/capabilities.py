@@ -231,8 +231,8 @@ ENTRIES = (
     ),
     _Entry(
         "pyarrow",
-        "reads .parquet corpora",
-        ".parquet is refused; .txt and .jsonl are read",
+        "reads .parquet and .arrow corpora",
+        ".parquet and .arrow are refused; .txt, .jsonl and .json are read",
         probes.pyarrow,
         module="pyarrow",
         symbol="table",
@@ -280,7 +280,7 @@ ENTRIES = (
     ),
     _Entry(
         "s3fs",
-        "data.path can be s3:// URLs",
+        "data.path and --input can be s3:// URLs",
         "s3:// URLs are refused",
         module="s3fs",
         symbol="S3FileSystem",
@@ -289,7 +289,7 @@ ENTRIES = (
     ),
     _Entry(
         "gcsfs",
-        "data.path can be gs:// URLs",
+        "data.path and --input can be gs:// URLs",
         "gs:// URLs are refused",
         module="gcsfs",
         symbol="GCSFileSystem",
@@ -298,7 +298,7 @@ ENTRIES = (
     ),
     _Entry(
         "aiohttp",
-        "data.path can be http:// and https:// URLs",
+        "data.path and --input can be http:// and https:// URLs",
         "http:// and https:// URLs are refused",
         module="aiohttp",
         symbol="ClientSession",
@@ -307,7 +307,7 @@ ENTRIES = (
     ),
     _Entry(
         "huggingface_hub",
-        "data.path can be hf:// URLs",
+        "data.path and --input can be hf:// URLs",
         "hf:// URLs are refused",
         module="huggingface_hub",
         symbol="HfFileSystem",
