@@ -6,9 +6,17 @@ import pytest
 from layouts import LAYOUTS, SYSTEMS, compare, train
 
 QUICK = {
+    ("CCDD MDiT", "DP 2"),
+    ("CCDD MDiT", "PP 4"),
     ("RePlaid", "TP 2 x PP 2 x DP 2 + SP"),
-    *(("CCDD MDiT", layout) for layout in LAYOUTS),
+    ("MDLM", "DP 2, ZeRO-1"),
+    ("ELF", "DP 2, ZeRO-3"),
+    ("CCDD MDiT", "TP 2 x DP 2 + SP, ZeRO-3"),
+    ("AR", "PP 2 x DP 2, ZeRO-1"),
+    ("CCDD MMDiT", "TP 2 x PP 2 x DP 2, Megatron"),
+    ("Co-LADD", "DP 2, ZeRO-2, offloaded to the CPU"),
 }
+"""Each engine under each kind of division; without engines the other layouts are quick in test_layouts.py."""
 
 
 @pytest.mark.parametrize(
