@@ -20,6 +20,7 @@ from __future__ import annotations
 import fcntl
 import json
 from bisect import bisect_right
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +191,13 @@ class TokenCorpus:
             parts.append(first + self._reader.shard_row(shard, k)["ends"])
             first += int(self._rows[block + k, 0])
         return np.concatenate(parts)
+
+    def blocks(self, shard: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """The stored rows of a shard, in order: the stream position at which one begins, its raw tokens, and at which
+        offsets among them documents end."""
+        for k, first in enumerate(self._table(shard, True)[:-1]):
+            block = self._reader.shard_row(shard, k)
+            yield first, block["tokens"], block["ends"]
 
     def damage(self, shard: int) -> str | None:
         """Why a shard cannot be read, None when it is whole; found out at the first call, then remembered."""

@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from braid.data_pipeline.order import ShuffledOrder
-from braid.data_pipeline.packing import Rows
+from braid.data_pipeline.packing import Packed, Rows
 from braid.kernels.errors import BraidError, CheckpointError, ConfigError, DataExhausted, TrainingFailed
 
 STATE_VERSION = 1
@@ -34,13 +34,15 @@ class Batch:
 
     tokens: int64 [b, L]. loss_mask: bool [b, L], what is learnt and scored: False at padding and at given tokens.
     ordinals: int64 [b], positions of the samples in the endless global order; they key all noise. condition: bool
-    [b, L], tokens that are given and never noised (the source of a pair); none, when left out.
+    [b, L], tokens that are given and never noised (the source of a pair); none, when left out. segments: int32 [b, L],
+    positions of the same number may see each other, 0 is padding; None: all see all.
     """
 
     tokens: torch.Tensor
     loss_mask: torch.Tensor
     ordinals: torch.Tensor
     condition: torch.Tensor | None = None
+    segments: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.condition is None:
@@ -48,13 +50,19 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same on `device`."""
-        return Batch(*(upload(x, device) for x in (self.tokens, self.loss_mask, self.ordinals, self.condition)))
+        tensors = (self.tokens, self.loss_mask, self.ordinals, self.condition, self.segments)
+        return Batch(*(None if x is None else upload(x, device) for x in tensors))
 
     @classmethod
-    def of_rows(cls, rows: Rows, tokens: np.ndarray, ordinals: np.ndarray) -> Batch:
-        """tokens: [b, L], what `rows.read` returned; ordinals: int64 [b]."""
-        condition = torch.from_numpy(rows.condition(tokens))
-        return cls(torch.from_numpy(tokens.astype(np.int64)), ~condition, torch.from_numpy(ordinals), condition)
+    def of_rows(cls, rows: Rows, packed: Packed, ordinals: np.ndarray) -> Batch:
+        """packed: what `rows.load` returned, b rows; ordinals: int64 [b]."""
+        condition = torch.from_numpy(rows.condition(packed.tokens))
+        loss_mask, segments = ~condition, None
+        if packed.segments is not None:
+            segments = torch.from_numpy(packed.segments)
+            loss_mask &= segments > 0
+        tokens = torch.from_numpy(packed.tokens.astype(np.int64))
+        return cls(tokens, loss_mask, torch.from_numpy(ordinals), condition, segments)
 
 
 def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -70,7 +78,8 @@ class Loader:
     batch of G, cut into micro-batches.
 
     Iterating yields, for each step, the list of this rank's micro-batches (list[Batch]) and goes on from `consumed`,
-    which counts a step in as soon as it is handed out; what workers have read ahead does not count.
+    which counts a step in as soon as it is handed out; what workers have read ahead does not count. `num_real` counts
+    the tokens of all ranks so far, padding left out.
 
     Rows of damaged shards, where the corpus skips them, are replaced by the rows that follow in the order; ordinals do
     not move. `position` is then ahead of `consumed` by the rows left out. Every rank checks all shards of the global
@@ -112,34 +121,38 @@ class Loader:
         self.rows, self.order, self.workers = rows, order, workers
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.consumed = self.position = consumed
+        self.num_real = consumed * rows.sequence_length
         self._first = data_rank * global_batch_size // data_size
         self._stop = (data_rank + 1) * global_batch_size // data_size
 
     def __iter__(self) -> Iterator[list[Batch]]:
         num_micro_batches = (self._stop - self._first) // self.micro_batch_size
-        positions: deque[int] = deque()  # where each step that was planned, perhaps only read ahead, ends
+        planned: deque[tuple[int, int]] = deque()  # where each step, perhaps only read ahead, ends; its real tokens
 
         def requests() -> Iterator[np.ndarray]:
             position = self.position
             while True:
                 indices, position = self._plan_step(position)
-                positions.append(position)
-                yield from indices.reshape(num_micro_batches, -1)
+                planned.append((position, self.rows.num_real(indices)))
+                mine = indices[self._first : self._stop]
+                yield from mine.reshape(num_micro_batches, -1)
 
         if self.workers:
-            tokens = _read_in_workers(self.rows, requests(), self.workers)
+            packed = _read_in_workers(self.rows, requests(), self.workers)
         else:
-            tokens = map(self.rows.read, requests())
+            packed = map(self.rows.load, requests())
         while True:
             ordinals = self.consumed + np.arange(self._first, self._stop)
-            step = [Batch.of_rows(self.rows, next(tokens), part) for part in ordinals.reshape(num_micro_batches, -1)]
+            step = [Batch.of_rows(self.rows, next(packed), part) for part in ordinals.reshape(num_micro_batches, -1)]
             self.consumed += self.global_batch_size
-            self.position = positions.popleft()
+            self.position, num_real = planned.popleft()
+            self.num_real += num_real
             yield step
 
     def state_dict(self) -> dict:
         """What a run needs to go on, whatever its layout then, and what must not have changed meanwhile."""
-        return {"consumed": self.consumed, "position": self.position, **self._identity()}
+        padded = {"num_real": self.num_real} if self.rows.table_hash else {}
+        return {"consumed": self.consumed, "position": self.position, **padded, **self._identity()}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on where `state` was taken. Raises CheckpointError when the corpus, the rows or the order differ."""
@@ -151,6 +164,7 @@ class Loader:
                     change="use the checkpoint's corpus and data settings, or start afresh",
                 )
         self.consumed, self.position = state["consumed"], state["position"]
+        self.num_real = state.get("num_real", self.consumed * self.rows.sequence_length)
 
     def _identity(self) -> dict:
         return {
@@ -160,13 +174,14 @@ class Loader:
             "fingerprint": self.rows.corpus.fingerprint,
             "sequence_length": self.rows.sequence_length,
             "packing": self.rows.packing,
+            **({"rows": self.rows.table_hash} if self.rows.table_hash else {}),
         }
 
     def _plan_step(self, position: int) -> tuple[np.ndarray, int]:
-        """Row indices of this rank in the global batch that starts at `position`, and the position where it ends."""
+        """Row indices of the global batch that starts at `position`, and the position where it ends."""
         if self.rows.corpus.damaged == "stop":
-            mine = self.order.span(position + self._first, position + self._stop)
-            return mine, position + self.global_batch_size
+            stop = position + self.global_batch_size
+            return self.order.span(position, stop), stop
         kept: list[int] = []
         num_left_out = 0
         while len(kept) < self.global_batch_size:
@@ -183,7 +198,7 @@ class Loader:
                     found=f"{self.rows.corpus.folder}, ledger {self.rows.corpus.ledger}",
                     change="copy the corpus again or prepare it again",
                 )
-        return np.array(kept[self._first : self._stop]), position
+        return np.array(kept), position
 
 
 def spread(num_rows: int, num_chosen: int) -> np.ndarray:
@@ -210,10 +225,10 @@ def validation_batches(
     for first in range(0, num_batches * micro_batch_size, micro_batch_size):
         indices = mine[first : first + micro_batch_size]
         if indices:
-            yield Batch.of_rows(rows, rows.read(indices), np.array(indices))
+            yield Batch.of_rows(rows, rows.load(indices), np.array(indices))
         else:
             spare = next(share[:1] for share in shares if share)
-            batch = Batch.of_rows(rows, rows.read(spare), np.array(spare))
+            batch = Batch.of_rows(rows, rows.load(spare), np.array(spare))
             yield replace(batch, loss_mask=torch.zeros_like(batch.loss_mask))
 
 
@@ -224,15 +239,15 @@ class _RowReader(Dataset):
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
 
-    def __getitem__(self, indices: np.ndarray) -> np.ndarray | BraidError:
+    def __getitem__(self, indices: np.ndarray) -> Packed | BraidError:
         try:
-            return self.rows.read(indices)
+            return self.rows.load(indices)
         except BraidError as error:
             return error
 
 
-def _read_in_workers(rows: Rows, requests: Iterable[np.ndarray], workers: int) -> Iterator[np.ndarray]:
-    """`map(rows.read, requests)`, read ahead by processes."""
+def _read_in_workers(rows: Rows, requests: Iterable[np.ndarray], workers: int) -> Iterator[Packed]:
+    """`map(rows.load, requests)`, read ahead by processes."""
     loader = DataLoader(
         _RowReader(rows),
         batch_size=None,
@@ -268,7 +283,7 @@ def _read_in_workers(rows: Rows, requests: Iterable[np.ndarray], workers: int) -
         del results  # which ends the workers: the frames of an error, this one included, may live long
 
 
-def _unchanged(batch: np.ndarray) -> np.ndarray:
+def _unchanged(batch: Packed) -> Packed:
     return batch
 
 

@@ -48,8 +48,11 @@ def attention(
     """[B, H, L, K]; queries may be of another number than keys and values.
 
     mask: what may be seen, bool that broadcasts to [B, H, queries, keys]. causal: position i sees none above i.
-    The packages have no masks and compute in half precision; torch does what they do not.
+    The packages have no masks and compute in half precision; torch does what they do not. With a mask all pairs are
+    computed, those that are not seen as well: the cost of packed documents is that of one long one, and the mask's.
     """
+    if mask is not None and causal:
+        mask, causal = mask & torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril(), False
     is_half = q_BHLK.dtype in (torch.bfloat16, torch.float16)
     if _library in PACKAGES and mask is None and is_half and q_BHLK.is_cuda:
         return _flash(q_BHLK, k_BHLK, v_BHLK, causal)

@@ -79,6 +79,15 @@ class Context:
         """The positions of all processes along `dim`, in the order of the processes. Not differentiable."""
         return self.axis.all_gather(x, dim) if self._dividing else x
 
+    def visible(self, segments: Tensor | None) -> Tensor | None:
+        """Which positions may see each other, for `CoreAttention`: those of one segment. bool [B, 1, queries, L], from
+        the segments of this process's positions [B, l]; None: all may."""
+        if segments is None:
+            return None
+        whole = self.gather(segments)
+        queries = segments if self.by == "gather" else whole  # by ulysses a process has all queries of some heads
+        return (queries[:, :, None] == whole[:, None, :])[:, None]
+
     def sum(self, x: Tensor) -> Tensor:
         """The sum over the processes, for what each goes on with by itself; its gradient is the sum of theirs."""
         return _Sum.apply(x, self.axis) if self._dividing else x
@@ -109,7 +118,8 @@ class CoreAttention(nn.Module):
         """Queries, keys and values of this process's positions to its positions of the outcome, [B, H, l, K]. Queries
         may be of another stream than keys and values.
 
-        keys: which of all L keys may be seen, bool that broadcasts to [B, H, l, L]; the same for every query and head.
+        keys: which of all L keys may be seen, bool that broadcasts to [B, H, l, L]: the same for every head, and for
+        every query or as `Context.visible` gives it.
         causal: position i sees none above i.
         """
         context = self.context

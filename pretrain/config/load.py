@@ -32,6 +32,8 @@ from braid.pretrain.config.schema import Config
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
+RENAMED = {"data.long_pairs": "oversized"}
+"""Fields that had another name: the recipes and resolved configurations that have it can be read."""
 TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 _TRUE, _FALSE, _NULL = ("true", "yes", "on"), ("false", "no", "off"), ("null", "~")
 _YAML_TAGS = {f"tag:yaml.org,2002:{name}" for name in "str int float bool null timestamp value merge seq map".split()}
@@ -230,6 +232,7 @@ class _Reader:
         for key_node, value_node in node.value:
             key = key_node.value if isinstance(key_node, yaml.ScalarNode) else _describe(key_node)
             dotted = f"{path}.{key}" if path else key
+            key = RENAMED.get(dotted, key)
             if key in values:
                 self.problem(f"{dotted} is set twice", key_node, "remove one of the two")
             elif key not in kinds:

@@ -43,9 +43,12 @@ class DataConfig:
     packing: str = "wrap"
     """`wrap`: BOS + L-2 tokens of the stream + EOS (the MDLM and Duo convention); `stream`: L tokens of the stream;
     `pairs`: one (source, target) pair of a corpus prepared with `--pairs`, the source given and the target learnt.
-    The stream is the documents one after the other, each followed by EOS."""
-    long_pairs: str = "stop"
-    """`pairs`: a pair that does not fit a row is an error (`stop`), or such pairs are counted and left out (`skip`)."""
+    The stream is the documents one after the other, each followed by EOS. `document`: BOS + one document + EOS;
+    `best_fit`: as many of those as fit, none of which sees another; `paragraph`: ELF's, one paragraph after the other
+    and an EOS where the next does not fit. The last three pad their rows; padding is neither scored nor seen."""
+    oversized: str = "auto"
+    """A document, paragraph or pair that does not fit a row: `cut` it into pieces (not pairs), `skip` it (counted), or
+    `stop` with an error; `auto` cuts all but pairs, which stop."""
     window: int = 4
     """Shards shuffled together: larger mixes better, smaller reads fewer shards at a time."""
     workers: int = 0

@@ -14,14 +14,17 @@ from braid.parallel.plan_check import check_plan
 from braid.pretrain.config.accelerators import check_accelerators
 from braid.pretrain.config.check import Check
 from braid.pretrain.config.objectives import CHECKS, OBJECTIVES
+from braid.pretrain.config.packing import DOCUMENT_PACKINGS, check_packing
 from braid.pretrain.config.problem import Problem, configuration_error, listed
 from braid.pretrain.config.sampling import check_sampling
 from braid.pretrain.config.schema import Config, ModelConfig, OptimizerConfig, TrainingConfig
 from braid.pretrain.planning.facts import plan_facts
 
 SEEDS = range(2**64)
-SHORTEST_ROW = {"wrap": 4, "stream": 2, "pairs": 4}
-"""BOS + two tokens + EOS; one token to predict the next from; BOS and two EOS around one token."""
+SHORTEST_ROW = {"wrap": 4, "stream": 2, "pairs": 4, "document": 3, "best_fit": 3, "paragraph": 3}
+"""BOS + two tokens + EOS; one token to predict the next from; BOS and two EOS around one token; one token between BOS
+and EOS; two and EOS."""
+OVERSIZED = {"pairs": ("stop", "skip"), **dict.fromkeys(DOCUMENT_PACKINGS, ("cut", "skip", "stop"))}
 
 
 def validate(config: Config, *, world_size: int | None = None) -> None:
@@ -53,6 +56,7 @@ def problems(config: Config, *, world_size: int | None = None) -> list[Problem]:
     _training(check, config.training)
     _parallel(check, config, world_size)
     check_accelerators(check, config)
+    check_packing(check, config)
     _rest(check, config)
     return check.problems
 
@@ -74,10 +78,12 @@ def _run_and_data(check: Check, config: Config) -> None:
             change=f"use at least {shortest}"
             + (", the row being BOS + L-2 tokens + EOS" if data.packing == "wrap" else ""),
         )
-    check.one_of("data.long_pairs", data.long_pairs, ("stop", "skip"))
-    if data.long_pairs != "stop" and data.packing != "pairs":
-        found = f"data.long_pairs = {data.long_pairs!r} and data.packing = {data.packing!r}"
-        check.add("data.long_pairs is ignored: only rows of pairs can be too long", found, "data.long_pairs=stop")
+    check.one_of("data.oversized", data.oversized, ("auto", "cut", "skip", "stop"))
+    possible = OVERSIZED.get(data.packing, ("stop",))  # nothing is too long for a stream
+    if data.oversized in ("cut", "skip", "stop") and data.oversized not in possible:
+        why = "a pair is not cut" if data.packing == "pairs" else "nothing is too long for a row of the stream"
+        found = f"data.oversized = {data.oversized!r} and data.packing = {data.packing!r}"
+        check.add(f"data.oversized does not go with this packing: {why}", found, "data.oversized=auto")
     check.at_least("data.window", data.window, 1)
     check.at_least("data.workers", data.workers, 0)
     check.one_of("data.damaged", data.damaged, ("stop", "skip"))

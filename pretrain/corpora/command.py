@@ -11,7 +11,7 @@ import numpy as np
 from braid.data_pipeline.corpus import TokenCorpus
 from braid.data_pipeline.inspection import damaged_shards, spelt
 from braid.data_pipeline.order import ShuffledOrder
-from braid.data_pipeline.packing import NUM_SPECIAL, Rows
+from braid.data_pipeline.packing import STYLES, Rows
 from braid.kernels.errors import InputError
 
 from .description import describe, lines
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of the order, run.seed of a run (0)")
     add("--window", type=int, default=4, help="of the order, data.window of a run (4)")
     add("--sequence-length", type=int, default=128, metavar="L", help="tokens in a row (128)")
-    add("--packing", default="wrap", choices=NUM_SPECIAL, help="how rows are cut (wrap)")
+    add("--packing", default="wrap", choices=STYLES, help="how rows are cut (wrap)")
     add("--ids", action="store_true", help="the ids beside the text")
 
 
@@ -87,11 +87,13 @@ def _sample(args: argparse.Namespace) -> None:
         found = f"--rows {args.rows}, --window {args.window}, --seed {args.seed}"
         raise InputError("impossible rows", found=found, change="give rows and window from 1 on and a seed from 0 on")
     corpus = TokenCorpus.open(args.corpus, args.split)
-    rows = Rows(corpus, args.sequence_length, args.packing, long_pairs="skip")
+    rows = Rows(corpus, args.sequence_length, args.packing, oversized="skip" if args.packing == "pairs" else "auto")
     order = ShuffledOrder(rows.rows_per_shard, args.seed, args.window)
     for position, row in enumerate(order.span(0, args.rows)):
         print(f"-- position {position}, row {row} of {len(rows):,}")
-        tokens = rows.read([row])
+        tokens, segments = rows.load([row])
+        if segments is not None:
+            tokens = tokens[:, segments[0] > 0]  # without padding
         given = rows.condition(tokens)[0]
         if given.any():
             print(f"given: {spelt(corpus.tokenizer, tokens[0, given])}")

@@ -243,7 +243,7 @@ def _rows(folder: Path, split: str, model: LoadedModel) -> Rows:
             change=f"prepare the text with --tokenizer {model.path / 'tokenizer'}",
         )
     data = model.config.data
-    return Rows(corpus, data.sequence_length, data.packing, long_pairs=data.long_pairs)
+    return Rows(corpus, data.sequence_length, data.packing, oversized=data.oversized)
 
 
 def _score(

@@ -158,7 +158,7 @@ class HuggingFaceJudge(Judge):
 
 
 class BraidJudge(Judge):
-    """An autoregressive model trained here; its rows are those it was trained on, BOS of wrapped rows included."""
+    """An autoregressive model trained here; its rows are those it was trained on, the BOS in front included."""
 
     kind = "braid"
 
@@ -166,7 +166,8 @@ class BraidJudge(Judge):
         super().__init__(*args)
         self.model = model
         self.bos_id, self.eos_id = model.tokenizer.bos_id, model.tokenizer.eos_id
-        self.prefix = (self.bos_id,) if model.config.data.packing == "wrap" else ()  # the model puts a BOS before it
+        begins = model.config.data.packing not in ("stream", "paragraph")
+        self.prefix = (self.bos_id,) if begins else ()  # the model puts a BOS before it
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [ids.tolist() for ids in self.model.tokenizer.encode_batch(texts)]

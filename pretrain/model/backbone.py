@@ -75,17 +75,19 @@ class Backbone(Network):
         times: Tensor | None,
         dropout: DropoutKey | None = None,
         cache: KeyValueCache | None = None,
+        segments: Tensor | None = None,
     ) -> Tensor:
         """Tokens int64 [B, L] (or soft ones: weights over the vocabulary [B, L, V]), times in [0, 1] [B]; runs under
         the caller's autocast.
 
         `times` is ignored (0 is fed) unless the model is time-conditioned; `dropout` is required in training where the
         configured probability is not 0, and ignored otherwise. `cache` (causal models): the tokens follow those whose
-        keys and values it holds; theirs are added to it. Returns what the head's linear layer reads, [B, L, W]; a call
+        keys and values it holds; theirs are added to it. `segments` (int [B, L]): only
+        positions of the same number see each other. Returns what the head's linear layer reads, [B, L, W]; a call
         of the network makes a `Prediction` of it.
         """
         c_BC = self.condition(tokens, times)
-        x_BLW = self.trunk(tokens, c_BC, dropout, cache)
+        x_BLW = self.trunk(tokens, c_BC, dropout, cache, segments)
         if not self.stage.at_end:
             return x_BLW
         return self.token_head(x_BLW, c_BC)
@@ -112,11 +114,13 @@ class Backbone(Network):
         c_BC: Tensor,
         dropout: DropoutKey | None = None,
         cache: KeyValueCache | None = None,
+        segments: Tensor | None = None,
     ) -> Tensor:
         """The hidden states [B, L, W], float32, after the last block that runs, before the head."""
         assert cache is None or self.causal, "only a causal model can leave earlier positions as they were"
         x_BLW = self.embed(tokens_BL) if self.stage.at_start else self.stage.incoming
-        return run_blocks(self.stage.pick(self.blocks), self.config, x_BLW, c_BC, dropout, cache, self.region)
+        blocks = self.stage.pick(self.blocks)
+        return run_blocks(blocks, self.config, x_BLW, c_BC, dropout, cache, self.region, segments)
 
     def probe(self, tokens_BL: Tensor) -> Tensor:
         times_B = torch.full((len(tokens_BL),), 0.5, device=tokens_BL.device)

@@ -80,7 +80,13 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
         self.core = CoreAttention()
 
-    def forward(self, x_BLW: Tensor, rope: tuple[Tensor, Tensor], cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BLW: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: KeyValueCache | None = None,
+        visible: Tensor | None = None,
+    ) -> Tensor:
         # The rows of qkv are (q, k, v) x head x head dimension, the order of the published checkpoints.
         q_BHLK, k_BHLK, v_BHLK = self.qkv(x_BLW).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
         q_BHLK, k_BHLK = rotate(q_BHLK, *rope), rotate(k_BHLK, *rope)
@@ -90,7 +96,7 @@ class Attention(nn.Module):
             seen = k_BHLK.shape[2] - q_BHLK.shape[2]
             # A triangle that is aligned with the last position: only the first call and single positions are asked for.
             assert seen == 0 or q_BHLK.shape[2] == 1, "a cache is extended by one position at a time"
-        x_BHLK = self.core(q_BHLK, k_BHLK, v_BHLK, causal=self.causal and seen == 0)
+        x_BHLK = self.core(q_BHLK, k_BHLK, v_BHLK, keys=visible, causal=self.causal and seen == 0)
         return self.out(x_BHLK.transpose(1, 2).flatten(2))
 
 
@@ -127,10 +133,11 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor],
         keep: tuple[Tensor, Tensor] | None = None,
         cache: KeyValueCache | None = None,
+        visible: Tensor | None = None,
     ) -> Tensor:
-        """`keep` is what `dropout_masks` gives, or None for no dropout."""
+        """`keep` is what `dropout_masks` gives, or None for no dropout; `visible` what `Context.visible` gives."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.adaln(c_BC)
-        update_BLW = self.attention(modulate(self.attention_norm(x_BLW), shift, scale), rope, cache)
+        update_BLW = self.attention(modulate(self.attention_norm(x_BLW), shift, scale), rope, cache, visible)
         x_BLW = x_BLW + gate * self.drop(update_BLW, keep and keep[0])
         update_BLW = self.mlp(modulate(self.mlp_norm(x_BLW), mlp_shift, mlp_scale))
         return x_BLW + mlp_gate * self.drop(update_BLW, keep and keep[1])
@@ -155,9 +162,10 @@ def run_blocks(
     dropout: DropoutKey | None,
     cache: KeyValueCache | None = None,
     region: Region = ALONE,
+    segments: Tensor | None = None,
 ) -> Tensor:
     """The state after a stack of `Block`s, run as `block_runner` says."""
-    run = block_runner(blocks, model, x_BLW, c_BC, dropout, cache, region)
+    run = block_runner(blocks, model, x_BLW, c_BC, dropout, cache, region, segments)
     for block in blocks:
         x_BLW = run(block, x_BLW)
     return x_BLW
@@ -171,12 +179,17 @@ def block_runner(
     dropout: DropoutKey | None,
     cache: KeyValueCache | None = None,
     region: Region = ALONE,
+    segments: Tensor | None = None,
 ) -> Callable[[nn.Module, Tensor], Any]:
     """What runs one of `blocks` on the state before it, and returns all that the block does: with RoPE from position 0
     (after those in `cache`), dropout in training, and activation checkpointing, as `model` says. `x_BLW` is the state
     before the first block, [B, L, W] or with strands [B, L, S, W]; where `region` divides it, RoPE is for all L
-    positions, which attention gets, and dropout for those that are here."""
+    positions, which attention gets, and dropout for those that are here.
+
+    `segments` (int [B, L]): only positions of the same number see each other. RoPE goes on from one to the next, for
+    attention knows of positions but how far apart they are."""
     length = region.length(x_BLW)
+    visible = region.context.visible(segments)
     start = region.context.start(length) if cache is None else cache.length(blocks[0].layer)
     rope = rope_tables(length, model.width // model.num_heads, model.rope_base, x_BLW.device, start=start)
     if blocks[0].training and model.dropout > 0:
@@ -187,7 +200,7 @@ def block_runner(
 
     def run(block: nn.Module, x_BLW: Tensor) -> Any:
         keep = block.dropout_masks(dropout, x_BLW.shape[-1]) if dropout else None
-        return block(x_BLW, c_BC, rope, keep, cache)
+        return block(x_BLW, c_BC, rope, keep, cache, visible)
 
     if model.activation_checkpointing == "block" and torch.is_grad_enabled():
         assert cache is None, "a block that is run again would extend the cache again"

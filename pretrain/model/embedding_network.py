@@ -76,25 +76,37 @@ class EmbeddingNetwork(Network):
                 self.embedding.raw.copy_(self.embedding())
 
     def forward(
-        self, inputs_BLD: Tensor, estimates_BLD: Tensor, level_B: Tensor, dropout: DropoutKey | None = None
+        self,
+        inputs_BLD: Tensor,
+        estimates_BLD: Tensor,
+        level_B: Tensor,
+        dropout: DropoutKey | None = None,
+        segments: Tensor | None = None,
     ) -> Tensor:
         """Logits, float32, of a divided network this process's columns; under the caller's autocast.
 
         `inputs` are noisy embeddings scaled to unit variance per coordinate; `estimates` are embeddings of length up to
         1, and zero where there is no estimate; `level` is what the time embedding reads (gamma, or the time).
+        `segments` (int [B, L]): only positions of the same number see each other.
         """
         c_BC = self.region.condition(self.time_embedding(level_B))
-        x_BLW = self.trunk(inputs_BLD, estimates_BLD, c_BC, dropout)
+        x_BLW = self.trunk(inputs_BLD, estimates_BLD, c_BC, dropout, segments)
         if not self.stage.at_end:
             return x_BLW
         return self.vocabulary.logits(self.token_head(x_BLW, c_BC))
 
     def trunk(
-        self, inputs_BLD: Tensor, estimates_BLD: Tensor, c_BC: Tensor, dropout: DropoutKey | None = None
+        self,
+        inputs_BLD: Tensor,
+        estimates_BLD: Tensor,
+        c_BC: Tensor,
+        dropout: DropoutKey | None = None,
+        segments: Tensor | None = None,
     ) -> Tensor:
         """The hidden states [B, L, W], float32, after the last block that runs, before the head."""
         x_BLW = self.embed(inputs_BLD, estimates_BLD) if self.stage.at_start else self.stage.incoming
-        return run_blocks(self.stage.pick(self.blocks), self.config, x_BLW, c_BC, dropout, region=self.region)
+        blocks = self.stage.pick(self.blocks)
+        return run_blocks(blocks, self.config, x_BLW, c_BC, dropout, region=self.region, segments=segments)
 
     def embed(self, inputs_BLD: Tensor, estimates_BLD: Tensor) -> Tensor:
         """The state before the first block."""

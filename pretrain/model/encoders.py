@@ -40,19 +40,20 @@ class Encoder(ABC):
         self.latent_dim, self.mask_id, self.variance_floor = latent_dim, mask_id, variance_floor
 
     @torch.no_grad()
-    def encode(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+    def encode(self, tokens: Tensor, hidden: Tensor, segments: Tensor | None = None) -> Tensor:
         """Representations [B, L, D], float32, of clean tokens [B, L] (int64) whose `hidden` positions (bool) are not
-        seen.
+        seen, nor those where `segments` (int [B, L]) is 0, the padding. Segments beyond 1 are for encoders that read
+        one token at a time; the others are never given any (config/packing.py).
 
         Every vector has mean 0 and variance 1 over its D dimensions; it is 0 at hidden positions and wherever the token
         is the mask, which is nobody's text. With nothing hidden this is the clean target z_0.
         """
         hidden_BL = hidden | (tokens == self.mask_id)
-        z_BLD = standardise(self.represent(tokens, hidden_BL), self.variance_floor)
+        z_BLD = standardise(self.represent(tokens, hidden_BL, segments), self.variance_floor)
         return z_BLD.masked_fill(hidden_BL[..., None], 0.0)
 
     @abstractmethod
-    def represent(self, tokens_BL: Tensor, hidden_BL: Tensor) -> Tensor:
+    def represent(self, tokens_BL: Tensor, hidden_BL: Tensor, segments_BL: Tensor | None = None) -> Tensor:
         """Raw representations [B, L, latent_dim], float32; any finite value at hidden positions."""
 
 
@@ -64,7 +65,7 @@ class TableEncoder(Encoder):
         self.table, self.num_parameters = table_VD, table_VD.numel()
         self.fingerprint = fingerprint({"table": table_VD}, f"floor={variance_floor}")
 
-    def represent(self, tokens_BL: Tensor, hidden_BL: Tensor) -> Tensor:
+    def represent(self, tokens_BL: Tensor, hidden_BL: Tensor, segments_BL: Tensor | None = None) -> Tensor:
         return F.embedding(tokens_BL, self.table)
 
 

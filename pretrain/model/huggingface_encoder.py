@@ -49,7 +49,7 @@ class HuggingFaceEncoder(Encoder):
         settings = f"layer={layer} dim={latent_dim} floor={variance_floor} mask={native_mask_id} leaky={leaky}"
         self.fingerprint = fingerprint(network.state_dict(), settings)
 
-    def represent(self, tokens_BL: Tensor, hidden_BL: Tensor) -> Tensor:
+    def represent(self, tokens_BL: Tensor, hidden_BL: Tensor, segments_BL: Tensor | None = None) -> Tensor:
         if tokens_BL.shape[1] > self.max_length:
             raise ConfigError(
                 "The sequence is longer than the encoder can read",
@@ -59,7 +59,7 @@ class HuggingFaceEncoder(Encoder):
         with torch.autocast(tokens_BL.device.type, dtype=torch.bfloat16, enabled=tokens_BL.device.type == "cuda"):
             output = self.network(
                 **self.inputs(tokens_BL, hidden_BL),
-                attention_mask=torch.ones_like(tokens_BL),
+                attention_mask=torch.ones_like(tokens_BL) if segments_BL is None else (segments_BL > 0).long(),
                 output_hidden_states=self.layer != -1,
             )
         states_BLE = output.last_hidden_state if self.layer == -1 else output.hidden_states[self.layer]

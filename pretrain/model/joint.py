@@ -109,7 +109,9 @@ class JointNetwork(Network):
     def make_blocks(self) -> Iterable[nn.Module]:
         raise NotImplementedError
 
-    def trunk(self, x_BLSW: Tensor, c_BSC: Tensor, dropout: DropoutKey | None) -> tuple[Tensor, Routing | None]:
+    def trunk(
+        self, x_BLSW: Tensor, c_BSC: Tensor, dropout: DropoutKey | None, segments: Tensor | None
+    ) -> tuple[Tensor, Routing | None]:
         """From the state before the first block that runs, as `embed` makes it, to that after the last, float32, and
         the routing of all positions."""
         raise NotImplementedError
@@ -124,16 +126,18 @@ class JointNetwork(Network):
         latents: Tensor,
         dropout: DropoutKey | None = None,
         latent_times: Tensor | None = None,
+        segments: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Routing | None]:
         """Tokens int64 [B, L], latents [B, L, D], times in [0, 1] [B]; runs under the caller's autocast.
 
         `latent_times` [B] are given to a network of separate times and to no other. `dropout` is required in training
-        where the configured probability is not 0, and ignored otherwise. Returns what the token head's linear layer
-        reads [B, L, W], the predicted latents and the routing; a call of the network makes a `JointPrediction` of them.
+        where the configured probability is not 0, and ignored otherwise. `segments` (int [B, L]): only positions of
+        the same number see each other, in both strands. Returns what the token head's linear layer reads [B, L, W], the
+        predicted latents and the routing; a call of the network makes a `JointPrediction` of them.
         """
         c_BSC = self.condition(times, latent_times)
         x_BLSW = self.embed(tokens, latents, c_BSC) if self.stage.at_start else self.stage.incoming
-        x_BLSW, routing = self.trunk(x_BLSW, c_BSC, dropout)
+        x_BLSW, routing = self.trunk(x_BLSW, c_BSC, dropout, segments)
         if not self.stage.at_end:
             return x_BLSW
         x_BLW, z_BLW = self.strands(x_BLSW)
@@ -166,7 +170,7 @@ class JointNetwork(Network):
         latents_BLD = tokens_BL.new_zeros(*tokens_BL.shape, self.latent_dim, dtype=torch.float32)
         c_BSC = self.condition(times_B, times_B if self.latent_time_embedding is not None else None)
         x_BLSW = self.embed(tokens_BL, latents_BLD, c_BSC) if self.stage.at_start else self.stage.incoming
-        x_BLSW, _ = self.trunk(x_BLSW, c_BSC, None)
+        x_BLSW, _ = self.trunk(x_BLSW, c_BSC, None, None)
         return self.strands(x_BLSW)[0] if self.stage.at_end else x_BLSW
 
     def training_flops(self, sequence_length: int) -> TrainingFlops:
@@ -194,9 +198,12 @@ class MDiT(JointNetwork):
     def embed(self, tokens_BL: Tensor, latents_BLD: Tensor, c_BSC: Tensor) -> Tensor:
         return super().embed(tokens_BL, latents_BLD, c_BSC).sum(2)
 
-    def trunk(self, x_BLW: Tensor, c_BSC: Tensor, dropout: DropoutKey | None) -> tuple[Tensor, Routing | None]:
+    def trunk(
+        self, x_BLW: Tensor, c_BSC: Tensor, dropout: DropoutKey | None, segments: Tensor | None
+    ) -> tuple[Tensor, Routing | None]:
         blocks = self.stage.pick(self.blocks)
-        return run_blocks(blocks, self.config, x_BLW, c_BSC[:, 0], dropout, region=self.region), None
+        c_BC = c_BSC[:, 0]
+        return run_blocks(blocks, self.config, x_BLW, c_BC, dropout, region=self.region, segments=segments), None
 
     def strands(self, x_BLW: Tensor) -> tuple[Tensor, Tensor]:
         return x_BLW, x_BLW

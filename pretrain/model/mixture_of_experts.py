@@ -47,8 +47,10 @@ class MoEDiT(TwoStrandNetwork):
     def make_blocks(self) -> Iterable[nn.Module]:
         return (MixtureBlock(self.config, self.experts, layer, self.region) for layer in range(self.config.num_layers))
 
-    def trunk(self, x_BLSW: Tensor, c_BSC: Tensor, dropout: DropoutKey | None) -> tuple[Tensor, Routing | None]:
-        run = block_runner(self.blocks, self.config, x_BLSW, c_BSC, dropout, region=self.region)
+    def trunk(
+        self, x_BLSW: Tensor, c_BSC: Tensor, dropout: DropoutKey | None, segments: Tensor | None
+    ) -> tuple[Tensor, Routing | None]:
+        run = block_runner(self.blocks, self.config, x_BLSW, c_BSC, dropout, region=self.region, segments=segments)
         routings = []
         for block in self.blocks:
             x_BLSW, *routing = run(block, x_BLSW)
@@ -87,16 +89,21 @@ class MixtureBlock(nn.Module):
         rope: tuple[Tensor, Tensor],
         keep: tuple[Tensor, Tensor] | None = None,
         cache: None = None,
+        visible: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The new state, and of the router the probabilities and the choice [B, L, S, E]. `keep` is what
-        `dropout_masks` gives, or None for no dropout; a bidirectional block has nothing to cache."""
+        `dropout_masks` gives, or None for no dropout; a bidirectional block has nothing to cache.
+        `visible` is what `Context.visible` gives of the positions."""
         latent_adaln = self.adaln if self.latent_adaln is None else self.latent_adaln
         vectors = zip(self.adaln(c_BSC[:, 0]), latent_adaln(c_BSC[:, 1]), strict=True)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (torch.stack(pair, 2) for pair in vectors)  # [B, 1, S, W]
         # The strands lie side by side, x_1 z_1 x_2 z_2 ...: attention does not care, each pair shares its position.
-        rope = tuple(table_LK.repeat_interleave(x_BLSW.shape[2], 0) for table_LK in rope)
+        num_strands = x_BLSW.shape[2]
+        rope = tuple(table_LK.repeat_interleave(num_strands, 0) for table_LK in rope)
+        if visible is not None:
+            visible = visible.repeat_interleave(num_strands, 2).repeat_interleave(num_strands, 3)
         joint_BLW = modulate(self.attention_norm(x_BLSW), shift, scale).flatten(1, 2)
-        update_BLSW = self.attention(joint_BLW, rope).unflatten(1, x_BLSW.shape[1:3])
+        update_BLSW = self.attention(joint_BLW, rope, visible=visible).unflatten(1, x_BLSW.shape[1:3])
         x_BLSW = x_BLSW + gate * drop(update_BLSW, keep and keep[0], self.dropout)
         update_BLSW, probabilities, chosen = self.experts(modulate(self.mlp_norm(x_BLSW), mlp_shift, mlp_scale))
         return x_BLSW + mlp_gate * drop(update_BLSW, keep and keep[1], self.dropout), probabilities, chosen

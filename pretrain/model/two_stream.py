@@ -45,9 +45,11 @@ class MMDiT(TwoStrandNetwork):
         kinds = (TwoStreamBlock, PrivateBlocks)
         return (kinds[layer % 2](self.config, layer) for layer in range(self.config.num_layers))
 
-    def trunk(self, x_BLSW: Tensor, c_BSC: Tensor, dropout: DropoutKey | None) -> tuple[Tensor, Routing | None]:
+    def trunk(
+        self, x_BLSW: Tensor, c_BSC: Tensor, dropout: DropoutKey | None, segments: Tensor | None
+    ) -> tuple[Tensor, Routing | None]:
         blocks = self.stage.pick(self.blocks)
-        return run_blocks(blocks, self.config, x_BLSW, c_BSC, dropout, region=self.region), None
+        return run_blocks(blocks, self.config, x_BLSW, c_BSC, dropout, region=self.region, segments=segments), None
 
     def block_costs(self) -> BlockCosts:
         groups, width = self.config.num_layers // 2, self.config.width
@@ -75,17 +77,19 @@ class TwoStreamBlock(nn.Module):
         rope: tuple[Tensor, Tensor],
         keep: tuple[Masks, Masks] | None = None,
         cache: None = None,
+        visible: Tensor | None = None,
     ) -> Tensor:
-        """`keep` is what `dropout_masks` gives, or None for no dropout; a bidirectional block has nothing to cache."""
+        """`keep` is what `dropout_masks` gives, or None for no dropout; a bidirectional block has nothing to cache.
+        `visible`, as `Context.visible` gives it, is about positions, whichever stream looks at whichever."""
         tokens, latents = self.tokens, self.latents
         x_BLW, z_BLW = x_BLSW.unbind(2)
         u, w = tokens.adaln(c_BSC[:, 0]), latents.adaln(c_BSC[:, 1])
         keep_x, keep_z = keep or (NOTHING_DROPPED, NOTHING_DROPPED)
-        x_BLW = tokens.attend(x_BLW, u, rope, keep_x[0])
-        z_BLW = latents.attend(z_BLW, w, rope, keep_z[0])
+        x_BLW = tokens.attend(x_BLW, u, rope, keep_x[0], visible)
+        z_BLW = latents.attend(z_BLW, w, rope, keep_z[0], visible)
         (q_x, k_x, v_x), (q_z, k_z, v_z) = tokens.project(x_BLW, u), latents.project(z_BLW, w)
-        x_BLW = tokens.exchange(x_BLW, u, (q_x, k_z, v_z), keep_x[1])
-        z_BLW = latents.exchange(z_BLW, w, (q_z, k_x, v_x), keep_z[1])
+        x_BLW = tokens.exchange(x_BLW, u, (q_x, k_z, v_z), keep_x[1], visible)
+        z_BLW = latents.exchange(z_BLW, w, (q_z, k_x, v_x), keep_z[1], visible)
         x_BLW = tokens.transform(x_BLW, u, keep_x[2])
         z_BLW = latents.transform(z_BLW, w, keep_z[2])
         return torch.stack([x_BLW, z_BLW], 2)
@@ -122,10 +126,17 @@ class Stream(nn.Module):
         self.mlp_norm = LayerNorm(width)
         self.mlp = MLP(width, hidden_width(model))
 
-    def attend(self, x_BLW: Tensor, vectors: Vectors, rope: tuple[Tensor, Tensor], keep: Tensor | None) -> Tensor:
+    def attend(
+        self,
+        x_BLW: Tensor,
+        vectors: Vectors,
+        rope: tuple[Tensor, Tensor],
+        keep: Tensor | None,
+        visible: Tensor | None,
+    ) -> Tensor:
         """Self-attention."""
         shift, scale, gate = vectors[0:3]
-        update_BLW = self.attention(modulate(self.attention_norm(x_BLW), shift, scale), rope)
+        update_BLW = self.attention(modulate(self.attention_norm(x_BLW), shift, scale), rope, visible=visible)
         return x_BLW + gate * drop(update_BLW, keep, self.dropout)
 
     def project(self, x_BLW: Tensor, vectors: Vectors) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,10 +147,15 @@ class Stream(nn.Module):
         return q_BHLK, k_BHLK, v_BHLK
 
     def exchange(
-        self, x_BLW: Tensor, vectors: Vectors, qkv: tuple[Tensor, Tensor, Tensor], keep: Tensor | None
+        self,
+        x_BLW: Tensor,
+        vectors: Vectors,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        keep: Tensor | None,
+        visible: Tensor | None,
     ) -> Tensor:
         """Cross-attention: this stream's queries, the other's keys and values."""
-        heads_BHLK = self.cross_core(*qkv)
+        heads_BHLK = self.cross_core(*qkv, keys=visible)
         update_BLW = self.cross_out(heads_BHLK.transpose(1, 2).flatten(2))
         return x_BLW + vectors[5] * drop(update_BLW, keep, self.dropout)
 
@@ -164,11 +180,12 @@ class PrivateBlocks(nn.Module):
         rope: tuple[Tensor, Tensor],
         keep: tuple[Masks, Masks] | None = None,
         cache: None = None,
+        visible: Tensor | None = None,
     ) -> Tensor:
         """As `TwoStreamBlock.forward`."""
         keep_x, keep_z = keep or (None, None)
-        x_BLW = self.tokens(x_BLSW[:, :, 0], c_BSC[:, 0], rope, keep_x)
-        z_BLW = self.latents(x_BLSW[:, :, 1], c_BSC[:, 1], rope, keep_z)
+        x_BLW = self.tokens(x_BLSW[:, :, 0], c_BSC[:, 0], rope, keep_x, None, visible)
+        z_BLW = self.latents(x_BLSW[:, :, 1], c_BSC[:, 1], rope, keep_z, None, visible)
         return torch.stack([x_BLW, z_BLW], 2)
 
     def dropout_masks(self, dropout: DropoutKey, width: int) -> tuple[Masks, Masks]:

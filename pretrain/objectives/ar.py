@@ -17,7 +17,8 @@ from .base import Figure, LossTerms, Noise, Objective, Summed, TokenCorrupted, s
 
 
 class AR(Objective):
-    """Predicts every token of the row from the tokens before it, the first one from a BOS put in front.
+    """Predicts every token of the row from the tokens before it, the first one (of each document, where they do not
+    see each other) from a BOS put in front.
 
     The likelihood is of all L tokens, the same event the diffusion bounds are about, and no token is dropped.
     """
@@ -31,8 +32,15 @@ class AR(Objective):
     def corrupt(self, batch: Batch, noise: Noise) -> TokenCorrupted:
         shifted = torch.roll(batch.tokens, 1, dims=1)
         shifted[:, 0] = self.bos_id
-        dropout = noise.dropout_key(shifted.shape[1])
-        return TokenCorrupted(tokens=shifted, targets=batch.tokens, loss_mask=batch.loss_mask, dropout=dropout)
+        if batch.segments is not None:  # nor is the first token of a document predicted from the one before it
+            shifted[:, 1:][batch.segments.diff(dim=1) != 0] = self.bos_id
+        return TokenCorrupted(
+            tokens=shifted,
+            targets=batch.tokens,
+            loss_mask=batch.loss_mask,
+            segments=batch.segments,
+            dropout=noise.dropout_key(shifted.shape[1]),
+        )
 
     def _nats(self, prediction: Prediction, corrupted: TokenCorrupted) -> TokenLoss:
         return prediction.tokens.cross_entropy(corrupted.targets, corrupted.rows, without=self.mask_id)

@@ -156,13 +156,15 @@ class Noise:
 class Corrupted:
     """A noised batch: what the network sees (added by each objective) and what the loss compares with."""
 
-    by_position: ClassVar[tuple[str, ...]] = ("targets", "loss_mask")
+    by_position: ClassVar[tuple[str, ...]] = ("targets", "loss_mask", "segments")
     """Fields that have positions, of tokens or of slots, as dimension 1; or are None."""
 
     targets: Tensor
     """Clean tokens, int64 [B, L]."""
     loss_mask: Tensor
     """What is scored: False at padding and at given tokens, bool [B, L]."""
+    segments: Tensor | None = None
+    """Positions of the same number may see each other, int32 [B, L]; None: all see all."""
     times: Tensor | None = None
     """float64 [B]; None for AR."""
     dropout: DropoutKey | None = None
@@ -298,7 +300,7 @@ class Objective(nn.Module):
 
     def call(self, corrupted: Corrupted) -> Any:
         dropout = corrupted.dropout if self.training else None
-        return self.network(corrupted.tokens, corrupted.times, dropout=dropout)
+        return self.network(corrupted.tokens, corrupted.times, dropout=dropout, segments=corrupted.segments)
 
     def predict(self, corrupted: Corrupted) -> Any:
         """What the network says after all passes, here and now."""

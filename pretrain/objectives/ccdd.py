@@ -84,13 +84,14 @@ class CCDD(Objective):
         latents: Tensor,
         latent_times: Tensor | None = None,
         dropout: DropoutKey | None = None,
+        segments: Tensor | None = None,
     ) -> JointPrediction:
         """The network on noised tokens [B, L] and latents [B, L, D] at their times [B]; the latents' are those of
         `path` unless they are given."""
         if self.config.latent_times == "shared":
-            return self.network(tokens, times, latents, dropout)
+            return self.network(tokens, times, latents, dropout, segments=segments)
         latent_times = self.path(times) if latent_times is None else latent_times
-        return self.network(tokens, times, latents, dropout, latent_times=latent_times)
+        return self.network(tokens, times, latents, dropout, latent_times=latent_times, segments=segments)
 
     def path(self, times: Tensor) -> Tensor:
         """The latents' time while tokens are sampled or scored at `times`."""
@@ -98,7 +99,8 @@ class CCDD(Objective):
 
     def call(self, corrupted: JointCorrupted) -> JointPrediction:
         dropout = corrupted.dropout if self.training else None
-        return self.denoise(corrupted.tokens, corrupted.times, corrupted.latents, corrupted.latent_times, dropout)
+        c = corrupted
+        return self.denoise(c.tokens, c.times, c.latents, c.latent_times, dropout, c.segments)
 
     # -- training ----------------------------------------------------------------------------------------------
 
@@ -130,11 +132,12 @@ class CCDD(Objective):
         length = batch.tokens.shape[1]
         tokens, masked = self._masked(batch, noise, times)
         hidden = masked & (noise.uniforms(length, word=HIDDEN_WORD) < p_r.float()[:, None])
-        source = self._with_given(self.encoder.encode(batch.tokens, hidden), batch)
+        source = self._with_given(self.encoder.encode(batch.tokens, hidden, batch.segments), batch)
         return JointCorrupted(
             tokens=tokens,
             targets=batch.tokens,
             loss_mask=batch.loss_mask,
+            segments=batch.segments,
             times=times,
             masked=masked,
             latents=self._noised(source, noise, latent_times),
@@ -149,7 +152,7 @@ class CCDD(Objective):
 
     def _clean(self, batch: Batch) -> Tensor:
         """E(x), the representations of the whole text."""
-        return self.encoder.encode(batch.tokens, torch.zeros_like(batch.condition))
+        return self.encoder.encode(batch.tokens, torch.zeros_like(batch.condition), batch.segments)
 
     def _with_given(self, latents: Tensor, batch: Batch) -> Tensor:
         """At given tokens, the representations of the given tokens alone."""
@@ -280,7 +283,7 @@ class CCDD(Objective):
         """Per sequence, float64 [B]: cross-entropy of masked tokens, and ||z_0 - estimate||^2."""
         tokens, masked = self._masked(batch, noise, times)
         z_t = self._noised(self._with_given(z_0, batch), noise, times)
-        prediction = self.denoise(tokens, times, z_t)
+        prediction = self.denoise(tokens, times, z_t, segments=batch.segments)
         rows = Rows(masked & batch.loss_mask)
         nats = prediction.tokens.cross_entropy(batch.tokens, rows, without=self.mask_id).values_BL
         estimate = posterior_mean(z_t, prediction.latents, times, self.config.latent_sigma, self.schedule)

@@ -64,6 +64,7 @@ class GIDD(Objective):
             tokens=tokens,
             targets=batch.tokens,
             loss_mask=batch.loss_mask,
+            segments=batch.segments,
             times=times,
             # With uniform noise the loss is about all tokens.
             masked=tokens == self.mask_id if process.p_uniform == 0 else None,

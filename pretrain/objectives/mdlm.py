@@ -43,6 +43,7 @@ class MDLM(Objective):
             tokens=tokens,
             targets=batch.tokens,
             loss_mask=batch.loss_mask,
+            segments=batch.segments,
             times=times,
             masked=masked,
             dropout=noise.dropout_key(length),

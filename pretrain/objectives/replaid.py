@@ -156,6 +156,7 @@ class RePlaid(Objective):
         return RePlaidCorrupted(
             targets=batch.tokens,
             loss_mask=batch.loss_mask,
+            segments=batch.segments,
             times=times,
             dropout=noise.dropout_key(length),
             z=torch.where(batch.condition[..., None], clean, z),
@@ -193,7 +194,9 @@ class RePlaid(Objective):
         dropout = replace(c.dropout, ordinals=c.dropout.ordinals[rows])
         seen = (c.z, c.gamma, c.times, c.estimates, c.given, c.self_conditioned)
         z, gamma, times, estimates, given, frozen = (each[rows] for each in seen)
-        return self.logits(z, gamma, times, estimates, c.embeddings, given=given, frozen=frozen, dropout=dropout)
+        segments = None if c.segments is None else c.segments[rows]
+        masks = {"given": given, "frozen": frozen, "segments": segments}
+        return self.logits(z, gamma, times, estimates, c.embeddings, **masks, dropout=dropout)
 
     def logits(
         self,
@@ -205,6 +208,7 @@ class RePlaid(Objective):
         *,
         given: Tensor,
         frozen: Tensor,
+        segments: Tensor | None = None,
         dropout: DropoutKey | None = None,
     ) -> Tensor:
         """One call of the network: logits float32 [B, L, V], -inf for the mask, from z float32 [B, L, D] (clean where
@@ -213,7 +217,7 @@ class RePlaid(Objective):
         scale = process.unit_scale(gamma, z.shape[-1]).float()[:, None, None]
         inputs = torch.where(given[..., None], z.shape[-1] ** 0.5 * z, scale * z)
         level = gamma if self.config.time_input == "gamma" else times
-        logits = self.network(inputs, estimates, level, dropout if self.training else None)
+        logits = self.network(inputs, estimates, level, dropout if self.training else None, segments)
         if not self.stage.at_end:
             return logits
         if self.output_prior_strength > 0:

@@ -104,8 +104,9 @@ def prefix_lengths(prompt: Prompt) -> Tensor:
 
 def _pinned(rows: list[list[tuple[str, int]]], length: int, tokenizer: Tokenizer, packing: str) -> Prompt:
     prompt = no_prompt(len(rows), length)
-    start, end = (0, length) if packing == "stream" else (1, length - 1)
-    if packing == "pairs":
+    start = int(packing not in ("stream", "paragraph"))
+    end = length - int(packing != "stream")
+    if packing in ("pairs", "document", "best_fit"):
         prompt.tokens[:, 0], prompt.known[:, 0] = tokenizer.bos_id, True
     if packing == "wrap":
         prompt.tokens[:, 0], prompt.tokens[:, -1] = tokenizer.bos_id, tokenizer.eos_id

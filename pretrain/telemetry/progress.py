@@ -57,7 +57,6 @@ class ProgressMeter:
 
     Args:
         total_steps: steps of the whole run.
-        tokens_per_step: tokens of a global batch.
         first_step: steps done before this process started (a resumed run).
         elapsed: seconds of training that they took.
         clock: seconds from any origin, never going back.
@@ -66,13 +65,13 @@ class ProgressMeter:
     def __init__(
         self,
         total_steps: int,
-        tokens_per_step: int,
         first_step: int = 0,
         elapsed: float = 0.0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.total_steps, self.tokens_per_step = total_steps, tokens_per_step
+        self.total_steps = total_steps
         self._clock = clock
+        self._lap_tokens = 0
         self._step = self._lap_step = first_step
         self._origin = clock() - elapsed  # moved forward by every pause
         self._paused_at: float | None = None
@@ -85,9 +84,10 @@ class ProgressMeter:
         """Seconds of training, pauses left out, those before a resume included."""
         return (self._clock() if self._paused_at is None else self._paused_at) - self._origin
 
-    def step(self) -> None:
-        """A step is done."""
+    def step(self, num_tokens: int) -> None:
+        """A step is done, of a global batch of `num_tokens`, padding left out."""
         self._step += 1
+        self._lap_tokens += num_tokens
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -104,13 +104,14 @@ class ProgressMeter:
         """The rates since the last lap, which ends here."""
         elapsed = self.elapsed
         seconds, steps = elapsed - self._lap_elapsed, self._step - self._lap_step
+        tokens, self._lap_tokens = self._lap_tokens, 0
         self._lap_elapsed, self._lap_step = elapsed, self._step
         self._smoothed_seconds = SMOOTHING * self._smoothed_seconds + seconds
         self._smoothed_steps = SMOOTHING * self._smoothed_steps + steps
         eta = None
         if self._smoothed_steps:
             eta = (self.total_steps - self._step) * self._smoothed_seconds / self._smoothed_steps
-        rate = steps * self.tokens_per_step / seconds if steps and seconds > 0 else None
+        rate = tokens / seconds if steps and seconds > 0 else None
         return Lap(rate, seconds, eta)
 
 

@@ -80,8 +80,7 @@ class Trainer:
         validation = TokenCorpus.open(Path(data.path), "validation", damaged=data.damaged, ledger=ledger)
         self.tokenizer = corpus.tokenizer
         rows, self.validation_rows = (
-            Rows(split, data.sequence_length, data.packing, long_pairs=data.long_pairs)
-            for split in (corpus, validation)
+            Rows(split, data.sequence_length, data.packing, oversized=data.oversized) for split in (corpus, validation)
         )
         self.loader = Loader(
             rows,
@@ -127,8 +126,7 @@ class Trainer:
             write_atomically(self.run_dir / "config.yaml", dump_config(config).encode())
         self.metrics = MetricsLog(self.run_dir / "metrics.jsonl", state.get("metrics_offset"), enabled=world.rank == 0)
         self.wandb = WandbSink.start(config, self.run_dir, enabled=world.rank == 0)
-        tokens_per_step = training.global_batch_size * data.sequence_length
-        self.meter = ProgressMeter(training.steps, tokens_per_step, self.step, state.get("seconds", 0.0))
+        self.meter = ProgressMeter(training.steps, self.step, state.get("seconds", 0.0))
         self.data_wait = 0.0
         # A forward pass costs half of a backward one, so a third of what the FLOPs of a training step count.
         forward_passes = 1 + self.objective.extra_forward_passes / 3
@@ -142,8 +140,8 @@ class Trainer:
         self.say(f"{config.objective.name}: {self.parameters['total']:,} parameters, "
                  f"{len(self.loader.rows):,} training rows of {config.data.sequence_length} tokens, "
                  f"{config.training.steps:,} steps on {self.world.size} x {self.device.type}")  # fmt: skip
-        if self.loader.rows.num_long_pairs:
-            self.say(f"{self.loader.rows.num_long_pairs:,} pairs are longer than a row and left out")
+        if self.loader.rows.num_oversized:
+            self.say(self.loader.rows.about_oversized)
         if self.loader.rows.corpus.manifest.get("pairs") and config.data.packing != "pairs":
             self.say("the corpus consists of (source, target) pairs and is read as plain text; "
                      "data.packing=pairs trains targets given their sources")  # fmt: skip
@@ -153,13 +151,13 @@ class Trainer:
             self.objective.train()
             batches = iter(self.loader)
             while self.step < config.training.steps:
-                waiting = time.perf_counter()
+                waiting, seen = time.perf_counter(), self.loader.num_real
                 micro_batches = next(batches)
                 self.data_wait += time.perf_counter() - waiting
                 norm, rate = self._optimizer_step(micro_batches)
                 self.step += 1
                 self.objective.begin_step(self.step, config.training.steps)
-                self.meter.step()
+                self.meter.step(self.loader.num_real - seen)
                 if self._due(config.training.log_every):
                     self._log(norm, rate)
                 with self.meter.paused():
@@ -244,7 +242,7 @@ class Trainer:
         record = {
             "step": self.step,
             "split": "train",
-            "tokens_seen": self.loader.consumed * self.config.data.sequence_length,
+            "tokens_seen": self.loader.num_real,
             "loss": interval.total / interval.count,
             "terms": terms,
             "loss_by_time": [value / number if number else None for value, number in pairs],
@@ -290,7 +288,7 @@ class Trainer:
             {
                 "step": self.step,
                 "split": "validation",
-                "tokens_seen": self.loader.consumed * self.config.data.sequence_length,
+                "tokens_seen": self.loader.num_real,
                 "loss": first.value,
                 "terms": {estimate.name: estimate.value for estimate in estimates},
                 "unit": first.unit,

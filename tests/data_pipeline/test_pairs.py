@@ -130,7 +130,7 @@ def test_every_pair_is_a_row_of_one_split(corpus, pairs):
     assert len(train) + len(validation) == len(pairs) and 0.1 < len(validation) / len(pairs) < 0.3
     for rows in (train, validation):
         assert all_rows(rows) == naive_rows(rows, of_split(rows, pairs)), "in the order of the input"
-        assert len(rows.corpus.shard_names) > 5 and rows.num_long_pairs == 0
+        assert len(rows.corpus.shard_names) > 5 and rows.num_oversized == 0
     assert sorted(of_split(train, pairs) + of_split(validation, pairs)) == sorted(pairs)
 
 
@@ -190,14 +190,14 @@ def test_documents_are_no_pairs(tmp_path):
 def test_long_pairs_stop_the_run(corpus, pairs):
     rows = open_rows(corpus)
     sizes = sorted(3 + len(source.encode()) + len(target.encode()) for source, target in of_split(rows, pairs))
-    assert open_rows(corpus, length=sizes[-1]).num_long_pairs == 0
+    assert open_rows(corpus, length=sizes[-1]).num_oversized == 0
     with pytest.raises(ConfigError) as caught:
         open_rows(corpus, length=30)
     number, most = sum(size > 30 for size in sizes), sizes[int(np.ceil(0.99 * (len(sizes) - 1)))]
     assert f"{number} of {len(sizes)} pairs of the train split do not fit" in caught.value.what
     assert f"the longest pair takes {sizes[-1]} tokens, and 99 of 100 take at most {most}" in caught.value.found
-    with pytest.raises(ConfigError, match="long_pairs='truncate'"):
-        open_rows(corpus, long_pairs="truncate")
+    with pytest.raises(ConfigError, match="oversized='truncate'"):
+        open_rows(corpus, oversized="truncate")
 
 
 def test_long_pairs_left_out(corpus, pairs):
@@ -205,13 +205,13 @@ def test_long_pairs_left_out(corpus, pairs):
     sizes = [3 + len(source.encode()) + len(target.encode()) for source, target in of_split(whole, pairs)]
     kept = [i for i, size in enumerate(sizes) if size <= 30]
     assert 100 < len(kept) < len(whole) - 20 and 30 in sizes and 31 in sizes
-    rows = open_rows(corpus, length=30, long_pairs="skip")
+    rows = open_rows(corpus, length=30, oversized="skip")
     assert all_rows(rows) == [whole[i].tolist()[:30] for i in kept]
-    assert rows.num_long_pairs == len(whole) - len(kept)
+    assert rows.num_oversized == len(whole) - len(kept)
     owner = np.repeat(np.arange(len(whole.rows_per_shard)), whole.rows_per_shard)
     assert rows.rows_per_shard.tolist() == np.bincount(owner[kept], minlength=len(whole.rows_per_shard)).tolist()
     with pytest.raises(ConfigError, match="do not fit"):  # none does
-        open_rows(corpus, length=2, long_pairs="skip")
+        open_rows(corpus, length=2, oversized="skip")
 
 
 # --- bytes ---
@@ -294,16 +294,16 @@ def test_resuming_at_another_layout(corpus):
 
 def test_pairs_in_damaged_shards_are_left_out(tmp_path, pairs):
     folder = prepared(tmp_path, pairs)
-    whole = all_rows(open_rows(folder, length=60, long_pairs="skip"))
+    whole = all_rows(open_rows(folder, length=60, oversized="skip"))
     names = TokenCorpus.open(folder, "train").shard_names
     damage(folder / "train" / names[3], "flipped")
-    rows = open_rows(folder, length=60, long_pairs="skip", damaged="skip", ledger=tmp_path / "ledger")
+    rows = open_rows(folder, length=60, oversized="skip", damaged="skip", ledger=tmp_path / "ledger")
     left_out = [i for i in range(len(rows)) if rows.is_left_out(i)]
     lost = range(*rows.corpus.shard_starts[3:5])
     starts = rows.corpus.pair_starts[:].tolist()
     spans = [(a, b) for a, b in zip(starts, starts[1:], strict=False) if b - a <= 59]
     assert left_out == [i for i, span in enumerate(spans) if set(range(*span)) & set(lost)] and len(left_out) > 5
-    assert rows.num_long_pairs == len(starts) - 1 - len(spans) > 0
+    assert rows.num_oversized == len(starts) - 1 - len(spans) > 0
     [entry] = [json.loads(line) for line in (tmp_path / "ledger").read_text().splitlines()]
     assert list(range(*entry["rows"])) == left_out and entry["packing"] == "pairs"
     for position in range(starts[-1] + 1):
@@ -345,7 +345,7 @@ def test_a_changed_table_is_noticed(tmp_path, pairs):
 
 
 def test_pickled_rows_read_the_same(corpus):
-    rows = open_rows(corpus, length=30, long_pairs="skip")
+    rows = open_rows(corpus, length=30, oversized="skip")
     pickled = pickle.dumps(rows)
     assert rows.corpus.pair_starts[:9].tobytes() not in pickled, "the map of a file is opened again, not copied"
     assert all_rows(pickle.loads(pickled)) == all_rows(rows)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from braid.data_pipeline.packing import Packed
 from braid.parallel.data_parallel import World
 from braid.pretrain.evaluation.bound import estimate, evaluate_rows, paired_difference, unigram_entropy
 from braid.pretrain.objectives.base import Figure
@@ -27,8 +28,8 @@ class FixedRows:
     def __getitem__(self, index):
         return self.tokens[index]
 
-    def read(self, indices):
-        return self.tokens[np.asarray(indices)]
+    def load(self, indices):
+        return Packed(self.tokens[np.asarray(indices)], None)
 
     def condition(self, tokens):
         return np.zeros(tokens.shape, dtype=bool)
@@ -129,8 +130,8 @@ def test_scored_rows_are_spread_over_the_split():
     """Neighbouring rows share a document: 5 of 50 rows are 0, 10, 20, 30, 40, and their noise is keyed by the row."""
     objective, rows = build("mdlm"), FixedRows(50)
     seen = []
-    read = rows.read
-    rows.read = lambda indices: (seen.extend(indices), read(indices))[1]
+    read = rows.load
+    rows.load = lambda indices: (seen.extend(indices), read(indices))[1]
     common = dict(draws=1, seed=0, micro_batch_size=50, peers=World.single("cpu"))
     some = evaluate_rows(objective, rows, num_sequences=5, **common)[0]
     assert seen == [0, 10, 20, 30, 40]

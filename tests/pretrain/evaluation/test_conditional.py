@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from braid.data_pipeline.packing import Packed
 from braid.kernels.errors import ConfigError
 from braid.pretrain.config.schema import SamplingConfig
 from braid.pretrain.evaluation import conditional
@@ -109,9 +110,9 @@ class PairRows:
     def __len__(self):
         return len(self.tokens)
 
-    def read(self, indices):
+    def load(self, indices):
         self.last = np.asarray(indices)
-        return self.tokens[self.last]
+        return Packed(self.tokens[self.last], None)
 
     def condition(self, tokens):
         return self.given[self.last]

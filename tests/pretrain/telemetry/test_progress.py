@@ -57,10 +57,10 @@ def test_durations(seconds: float | None, text: str) -> None:
 
 def test_rates_of_an_interval_leave_pauses_out() -> None:
     clock = Clock()
-    meter = ProgressMeter(100, 512, clock=clock)
+    meter = ProgressMeter(100, clock=clock)
     for _ in range(10):
         clock.now += 2.0
-        meter.step()
+        meter.step(512)
         with meter.paused():
             clock.now += 50.0  # validation, a checkpoint
             assert meter.elapsed == 2.0 * meter._step
@@ -68,7 +68,7 @@ def test_rates_of_an_interval_leave_pauses_out() -> None:
     assert lap.seconds == 20.0 and lap.tokens_per_second == 10 * 512 / 20.0 and lap.eta == 90 * 2.0
     assert meter.elapsed == 20.0
     clock.now += 4.0
-    meter.step()
+    meter.step(512)
     assert meter.lap().tokens_per_second == 128.0, "the last interval alone"
     with pytest.raises(RuntimeError), meter.paused():
         clock.now += 10.0
@@ -80,12 +80,12 @@ def test_rates_of_an_interval_leave_pauses_out() -> None:
 
 def test_the_eta_follows_a_change_of_speed_but_not_one_slow_interval() -> None:
     clock = Clock()
-    meter = ProgressMeter(1000, 1, clock=clock)
+    meter = ProgressMeter(1000, clock=clock)
 
     def interval(seconds_per_step: float) -> float:
         for _ in range(10):
             clock.now += seconds_per_step
-            meter.step()
+            meter.step(1)
         return meter.lap().eta / (1000 - meter._step)
 
     assert interval(10.0) == pytest.approx(10.0)  # the first steps warm up
@@ -100,19 +100,19 @@ def test_the_eta_follows_a_change_of_speed_but_not_one_slow_interval() -> None:
 
 def test_a_resumed_run_counts_on() -> None:
     clock = Clock()
-    meter = ProgressMeter(100, 8, first_step=60, elapsed=300.0, clock=clock)
+    meter = ProgressMeter(100, first_step=60, elapsed=300.0, clock=clock)
     assert meter.lap().eta is None and meter.lap().tokens_per_second is None, "nothing is known yet"
     clock.now += 3.0
-    meter.step()
+    meter.step(8)
     lap = meter.lap()
     assert lap.tokens_per_second == pytest.approx(8 / 3) and lap.eta == pytest.approx(39 * 3)
     assert meter.elapsed == pytest.approx(303.0)
 
 
 def test_the_real_clock() -> None:
-    meter = ProgressMeter(2, 100)
+    meter = ProgressMeter(2)
     time.sleep(0.05)
-    meter.step()
+    meter.step(100)
     with meter.paused():
         time.sleep(0.2)
     lap = meter.lap()
