@@ -7,12 +7,9 @@ inputs and settings give the same bytes, whatever the number of processes and ho
 
 from __future__ import annotations
 
-import argparse
 import errno
 import json
-import shlex
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -27,14 +24,16 @@ from braid.data_pipeline.corpus import (
     write_pairs_file,
 )
 from braid.data_pipeline.embedded import EmbeddedCorpus
+from braid.data_pipeline.filters import FILTERS_FILE, FilteredSource, Filters
 from braid.data_pipeline.formats import FORMATS, shard_reader
 from braid.data_pipeline.progress import Progress
-from braid.data_pipeline.readers import ENDINGS, TextFiles
+from braid.data_pipeline.readers import TextFiles
 from braid.data_pipeline.shards import atomic_file
 from braid.data_pipeline.splitting import Source, Split, choose_split, training_sample
 from braid.data_pipeline.token_stores import TokenFiles
 from braid.data_pipeline.tokenising import batches_of, tokenised
 from braid.data_pipeline.tokenizers import Tokenizer, check_bpe_size, load_tokenizer, train_bpe
+from braid.data_pipeline.workers import Workers
 from braid.kernels.errors import InputError
 
 SHARD_BYTES = 64 << 20
@@ -42,6 +41,7 @@ EMBEDDED_VOCAB_SIZE = 512
 SAMPLE_BYTES = 64 << 20
 """Most text a tokenizer is trained on; ten seconds of training."""
 SPLITS = ("train", "validation")
+NO_FILTERS = Filters()
 
 
 def prepare(
@@ -54,6 +54,7 @@ def prepare(
     text_field: str = "text",
     separator: str | None = None,
     pair_fields: tuple[str, str] | None = None,
+    filters: Filters = NO_FILTERS,
     format: str = "mds",
     row_tokens: int | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -65,8 +66,9 @@ def prepare(
     validation_fraction: share set apart, whole documents chosen by hash; a single document is cut at a line end.
     workers: processes; one also uses the tokenizer library's own threads. separator: stands between the documents of a
     .txt file, which otherwise is one document. pair_fields: the fields of source and target, to make a corpus of pairs
-    (each is two documents, and wholly in one split). format: of the shards, one of `formats.FORMATS`; what is
-    read from them is the same. row_tokens: tokens in a stored row, by default 64 KiB of them.
+    (each is two documents, and wholly in one split). filters: which documents are left out; the manifest counts them.
+    format: of the shards, one of `formats.FORMATS`; what is read from them is the same. row_tokens: tokens in a stored
+    row, by default 64 KiB of them.
     shard_bytes: largest shard.
 
     Continues where an interrupted preparation of the same stopped; does nothing where it was finished. Raises
@@ -76,13 +78,15 @@ def prepare(
         "text_field": text_field,
         "separator": separator,
         "pair_fields": list(pair_fields) if pair_fields else None,
+        **filters.settings(),
         "validation_fraction": validation_fraction,
         **_stored(format, row_tokens, shard_bytes),
     }
     with Progress(progress) as report:
         _check(settings, workers)
+        filters.check()
         source = TextFiles(inputs, text_field=text_field, separator=separator, pair_fields=pair_fields)
-        return _prepare(source, str(tokenizer), Path(output), settings, workers, report)
+        return _prepare(source, str(tokenizer), Path(output), settings, workers, report, filters)
 
 
 def prepare_embedded(
@@ -136,7 +140,15 @@ def prepare_tokens(
         return _prepare(source, str(tokenizer), Path(output), settings, 1, report)
 
 
-def _prepare(source: Source, tokenizer: str, output: Path, settings: dict, workers: int, report: Progress) -> dict:
+def _prepare(
+    source: Source,
+    tokenizer: str,
+    output: Path,
+    settings: dict,
+    workers: int,
+    report: Progress,
+    filters: Filters = NO_FILTERS,
+) -> dict:
     label, make_tokenizer = _tokenizer(tokenizer)
     versions = {name: version(name) for name in ("braid-lm", "tokenizers")}
     settings = settings | {"tokenizer": label}
@@ -149,13 +161,17 @@ def _prepare(source: Source, tokenizer: str, output: Path, settings: dict, worke
         report.note(f"left out {source.num_ignored} files of other kinds in the folders")
     writers: dict[str, BlockWriter] = {}
     explained = _explained(output, lambda: _missing_space(output, writers, source, report))
-    with explained, Journal(output, header) as journal:
+    with explained, Workers(workers) as processes, Journal(output, header) as journal:
+        if filters.settings():
+            source = FilteredSource(source, filters, processes, output, goes_on=journal.plan is not None)
         chosen, split = _plan(journal, source, make_tokenizer, output, settings, report)
-        writers.update((name, _writer(name, output, chosen, settings, journal, source.has_pairs)) for name in SPLITS)
+        writers.update((name, _writer(name, output, chosen, settings, journal, source)) for name in SPLITS)
         if journal.num_shards:
             report.note(f"going on after {journal.num_shards} finished shards")
-        _fill(writers, source, split, chosen, output / TOKENIZER_FOLDER, workers, report)
-        manifest = _commit(writers, chosen, output, header, source.has_pairs)
+        _fill(writers, source, split, chosen, output / TOKENIZER_FOLDER, processes, report)
+        manifest = _commit(writers, chosen, output, header, source)
+        if isinstance(source, FilteredSource):
+            source.remove()
         journal.remove()
     return manifest
 
@@ -206,7 +222,8 @@ def _finished(output: Path, header: dict) -> dict:
             found=differing,
             change=f"give another --output, or delete {output} to prepare it again",
         )
-    (output / JOURNAL_FILE).unlink(missing_ok=True)  # stopped between the manifest and the end
+    for name in (FILTERS_FILE, JOURNAL_FILE):
+        (output / name).unlink(missing_ok=True)  # stopped between the manifest and the end
     return manifest
 
 
@@ -241,8 +258,13 @@ def _plan(
 
 
 def _writer(
-    name: str, output: Path, tokenizer: Tokenizer, settings: dict, journal: Journal, pairs: bool
+    name: str, output: Path, tokenizer: Tokenizer, settings: dict, journal: Journal, source: Source
 ) -> BlockWriter:
+    def record_shard(record: dict) -> None:
+        if isinstance(source, FilteredSource):
+            source.sync()  # a line of the journal relies on the verdicts about the files before
+        journal.append({"split": name, **record})
+
     return BlockWriter(
         output / name,
         tokenizer.dtype,
@@ -250,8 +272,8 @@ def _writer(
         row_tokens=settings["row_tokens"] or BLOCK_BYTES // tokenizer.dtype.itemsize,
         shard_bytes=settings["shard_bytes"],
         records=journal.records(name),
-        on_shard=lambda record: journal.append({"split": name, **record}),
-        keep_empty=pairs,
+        on_shard=record_shard,
+        keep_empty=source.has_pairs,
     )
 
 
@@ -261,7 +283,7 @@ def _fill(
     split: Split,
     tokenizer: Tokenizer,
     folder: Path,
-    workers: int,
+    workers: Workers,
     report: Progress,
 ) -> None:
     """Tokenise what is not in finished shards yet and write it."""
@@ -286,7 +308,7 @@ def _fill(
         writer.finish()
 
 
-def _commit(writers: dict[str, BlockWriter], tokenizer: Tokenizer, output: Path, header: dict, pairs: bool) -> dict:
+def _commit(writers: dict[str, BlockWriter], tokenizer: Tokenizer, output: Path, header: dict, source: Source) -> dict:
     """Write the manifest. Only with it is the folder a corpus."""
     if empty := [name for name, writer in writers.items() if writer.num_tokens == 0]:
         raise InputError(
@@ -294,7 +316,7 @@ def _commit(writers: dict[str, BlockWriter], tokenizer: Tokenizer, output: Path,
             found=", ".join(f"{writer.documents} documents in {name}" for name, writer in writers.items()),
             change=f"delete {output} and give more documents or another --validation-fraction",
         )
-    format = header["settings"].get("format", "mds")
+    format, pairs = header["settings"].get("format", "mds"), source.has_pairs
     if pairs:
         for name in writers:
             write_pairs_file(output / name, shard_reader(format, output / name))
@@ -316,6 +338,7 @@ def _commit(writers: dict[str, BlockWriter], tokenizer: Tokenizer, output: Path,
         "format": format,
         "pairs": pairs,
         "splits": splits,
+        **({"left_out": source.left_out()} if isinstance(source, FilteredSource) else {}),
         **header,
     }
     with atomic_file(output / MANIFEST_FILE) as file:
@@ -351,114 +374,3 @@ def _missing_space(output: Path, writers: dict[str, BlockWriter], source: Source
     written = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     missing = tokenised_bytes * source.total_bytes / report.position - written
     return f", about {missing / 1e6:,.1f} MB more needed"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `braid prepare`."""
-    add = parser.add_argument
-    add("--input", nargs="+", metavar="INPUT", help=f"files, folders, patterns, by path or URL: {ENDINGS}")
-    add("--tokens", nargs="+", metavar="PATH", help="instead: ids of --tokenizer (Megatron, datatrove, datasets, flat)")
-    add("--documents", choices=("index", "eos"), help="with --tokens: where documents end besides at EOS (index)")
-    add("--token-dtype", choices=("uint16", "uint32"), help="with --tokens: of flat files that have no index")
-    add("--embedded", action="store_true", help="prepare the text that comes with Python instead of --input")
-    add("--output", required=True, metavar="DIR", help="folder of the corpus; an interrupted one is continued")
-    add("--tokenizer", metavar="T", help="bytes, train:N (byte-level BPE of N ids), a tokenizer.json, or its folder")
-    add("--vocab-size", type=int, metavar="N", help=f"with --embedded: train:N, by default {EMBEDDED_VOCAB_SIZE}")
-    add("--text-field", default="text", metavar="F", help="field of a record or column of a table with the text (text)")
-    add("--pairs", action="store_true", help="(source, target) pairs, to train and score targets given sources")
-    add(
-        "--source-field",
-        metavar="F",
-        help="with --pairs: field of a record or column of a table with the source (source)",
-    )
-    add(
-        "--target-field",
-        metavar="F",
-        help="with --pairs: field of a record or column of a table with the target (target)",
-    )
-    add("--separator", metavar="S", help=r"text between the documents of a .txt file; \n and \t are understood")
-    add("--validation-fraction", type=float, default=0.05, metavar="F", help="share set apart for validation (0.05)")
-    add(
-        "--format",
-        default="mds",
-        choices=FORMATS,
-        help="of the shards: mosaicml-streaming, webdataset, flat files (mds)",
-    )
-    add("--workers", type=int, default=1, metavar="N", help="processes that tokenise (1)")
-
-
-def main(args: argparse.Namespace) -> int:
-    """Run `braid prepare`; returns the exit code. InputError goes to the caller."""
-    try:
-        manifest = _from_arguments(args)
-    except KeyboardInterrupt:
-        print("braid: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
-    print(f"prepared {args.output}")
-    noun = "pairs" if args.pairs else "documents"
-    for name, counts in manifest["splits"].items():
-        ratio, number = counts["bytes"] / counts["tokens"], counts["documents"] // (2 if args.pairs else 1)
-        print(f"  {name:11}{number:>12,} {noun:9} {counts['tokens']:>15,} tokens  {ratio:.2f} bytes each")
-    print(f"  {'tokenizer':11}{manifest['vocab_size']:>12,} ids")
-    packing = " data.packing=pairs" if args.pairs else ""
-    print(f"next: braid pretrain own_text data.path={shlex.quote(args.output)}{packing}")
-    return 0
-
-
-def _from_arguments(args: argparse.Namespace) -> dict:
-    common = {"validation_fraction": args.validation_fraction, "format": args.format}
-    if args.tokens:
-        return _tokens_from_arguments(args, common)
-    if args.documents or args.token_dtype:
-        raise InputError("--documents and --token-dtype go with --tokens", change="leave them out")
-    common["workers"] = args.workers
-    if args.embedded == bool(args.input):
-        found = "both" if args.embedded else "neither"
-        change = "give --input FILES|DIR ..., or --embedded for the text that comes with Python"
-        raise InputError("one of --input and --embedded is needed", found=found, change=change)
-    fields = (args.source_field, args.target_field)
-    if args.pairs and (args.separator is not None or args.text_field != "text"):
-        change = "leave these options out; --source-field and --target-field name the fields of a pair"
-        raise InputError("--pairs has neither text field nor separator", change=change)
-    if not args.pairs and any(field is not None for field in fields):
-        raise InputError("--source-field and --target-field go with --pairs", change="give --pairs, or leave them out")
-    if args.embedded:
-        if args.separator is not None or args.text_field != "text" or args.pairs:
-            change = "leave these options out: they are about the files of --input"
-            raise InputError("--embedded has neither text field nor separator nor pairs", change=change)
-        if args.tokenizer and args.vocab_size:
-            change = "leave out one of the two"
-            raise InputError("--vocab-size is for a tokenizer trained here, --tokenizer names another", change=change)
-        size = EMBEDDED_VOCAB_SIZE if args.vocab_size is None else args.vocab_size
-        return prepare_embedded(args.output, vocab_size=size, tokenizer=args.tokenizer, **common)
-    if args.tokenizer is None:
-        change = f"give --tokenizer bytes, train:{args.vocab_size or 8192}, a tokenizer.json or a folder with one"
-        raise InputError("which tokenizer?", change=change)
-    if args.vocab_size is not None:
-        change = f"write --tokenizer train:{args.vocab_size} to train one of that size"
-        raise InputError("--vocab-size goes with --embedded", change=change)
-    separator = None if args.separator is None else args.separator.replace(r"\n", "\n").replace(r"\t", "\t")
-    content = {"text_field": args.text_field, "separator": separator}
-    if args.pairs:
-        content = {"pair_fields": (fields[0] or "source", fields[1] or "target")}
-    return prepare(args.input, args.tokenizer, args.output, **content, **common)
-
-
-def _tokens_from_arguments(args: argparse.Namespace, common: dict) -> dict:
-    others = {
-        "--input": args.input,
-        "--embedded": args.embedded,
-        "--pairs": args.pairs or args.source_field or args.target_field,
-        "--separator": args.separator is not None,
-        "--text-field": args.text_field != "text",
-        "--vocab-size": args.vocab_size is not None,
-        "--workers": args.workers != 1,
-    }
-    if found := ", ".join(option for option, given in others.items() if given):
-        raise InputError(
-            "--tokens holds ids already", found=found, change="leave these options out: they are about text"
-        )
-    if args.tokenizer is None:
-        raise InputError("which tokenizer?", change="give the one that made the ids: --tokenizer FILE|DIR")
-    options = {"documents": args.documents or "index", "token_dtype": args.token_dtype}
-    return prepare_tokens(args.tokens, args.tokenizer, args.output, **options, **common)

@@ -59,6 +59,8 @@ def choose_split(source: Source, fraction: float) -> Split:
         if len(sizes) * min(fraction, 1 - fraction) >= ENOUGH:
             return Split(threshold=int(fraction * 2**64))
     total = sum(sizes.values())
+    if not documents:
+        raise InputError("the filters leave no document", change="make them milder")
     if len(documents) == 1:
         return Split(threshold=0, cut=total - max(1, round(fraction * total)))
     if len(sizes) == 1:

@@ -16,7 +16,7 @@ PRETRAIN_SUMMARY = "train a model from a recipe"
 # Each of these modules has `add_arguments(parser)` and `main(options) -> exit code`; HAS_ACTIONS where the first word
 # after the command is an action with options of its own.
 COMMANDS = {
-    "prepare": ("tokenise texts into a corpus", "braid.data_pipeline.prepare"),
+    "prepare": ("tokenise texts into a corpus", "braid.data_pipeline.prepare_command"),
     "data": ("what a prepared corpus holds, and whether it is whole", "braid.pretrain.corpora.command"),
     "sample": ("draw texts from a checkpoint", "braid.pretrain.sampling.command"),
     "evaluate": ("bounds and qualities of a checkpoint, with standard errors", "braid.pretrain.evaluation.command"),

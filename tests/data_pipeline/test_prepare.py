@@ -221,11 +221,12 @@ def test_folders_that_are_no_corpus_are_refused(texts, tmp_path):
 CHILD = """
 import json, sys
 from braid.data_pipeline import tokenising
+from braid.data_pipeline.filters import Filters
 from braid.data_pipeline.prepare import prepare
 tokenising.BATCH_BYTES = 20_000
 if __name__ == "__main__":
     options = json.loads(sys.argv[1])
-    prepare(**options)
+    prepare(**options | {"filters": Filters(**options.get("filters", {}))})
     print("finished")
 """
 
