@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from braid.data_pipeline.corpus import (
     write_pairs_file,
 )
 from braid.data_pipeline.embedded import EmbeddedCorpus
+from braid.data_pipeline.estimate import Estimate, estimated
 from braid.data_pipeline.filters import FILTERS_FILE, FilteredSource, Filters
 from braid.data_pipeline.formats import FORMATS, shard_reader
 from braid.data_pipeline.progress import Progress
@@ -40,6 +42,7 @@ SHARD_BYTES = 64 << 20
 EMBEDDED_VOCAB_SIZE = 512
 SAMPLE_BYTES = 64 << 20
 """Most text a tokenizer is trained on; ten seconds of training."""
+MOST_WORKERS = 4096
 SPLITS = ("train", "validation")
 NO_FILTERS = Filters()
 
@@ -87,6 +90,25 @@ def prepare(
         filters.check()
         source = TextFiles(inputs, text_field=text_field, separator=separator, pair_fields=pair_fields)
         return _prepare(source, str(tokenizer), Path(output), settings, workers, report, filters)
+
+
+def estimate(
+    inputs: Sequence[str | Path],
+    tokenizer: str | Path,
+    output: str | Path,
+    *,
+    workers: int = 1,
+    filters: Filters = NO_FILTERS,
+    **content: object,
+) -> Estimate:
+    """What `prepare` with these arguments would give and take; nothing is written. `content`: text_field, separator and
+    pair_fields."""
+    _check_number("workers", workers, MOST_WORKERS)
+    filters.check()
+    _, make_tokenizer = _tokenizer(str(tokenizer))
+    open_source = partial(TextFiles, **content)
+    source = open_source(inputs)
+    return estimated(source, open_source, make_tokenizer, Path(output), workers=workers, filters=filters)
 
 
 def prepare_embedded(
@@ -152,6 +174,7 @@ def _prepare(
     label, make_tokenizer = _tokenizer(tokenizer)
     versions = {name: version(name) for name in ("braid-lm", "tokenizers")}
     settings = settings | {"tokenizer": label}
+    report.note(f"reading {source.total_bytes / 1e6:,.1f} MB of input once for its hashes")
     header = {"settings": settings, "sources": source.describe(), "versions": versions}
     if (output / MANIFEST_FILE).is_file():
         manifest = _finished(output, header)
@@ -188,23 +211,26 @@ def _check(settings: dict, workers: int) -> None:
         raise InputError("impossible --validation-fraction", found=str(settings["validation_fraction"]), change=change)
     if (format := settings.get("format", "mds")) not in FORMATS:
         raise InputError("the format is not known", found=format, change=f"use one of {', '.join(FORMATS)}")
-    row_tokens, shard_bytes = settings["row_tokens"], settings["shard_bytes"]
-    limits = (("workers", workers, 4096), ("row_tokens", row_tokens, 1 << 24), ("shard_bytes", shard_bytes, 2**32 - 1))
-    for name, value, largest in limits:
-        if value is not None and not 1 <= value <= largest:
-            raise InputError(f"impossible {name}", found=str(value), change=f"give a number from 1 to {largest}")
+    _check_number("workers", workers, MOST_WORKERS)
+    _check_number("row_tokens", settings["row_tokens"], 1 << 24)
+    _check_number("shard_bytes", settings["shard_bytes"], 2**32 - 1)
 
 
-def _tokenizer(chosen: str) -> tuple[str, Callable[[Source, Split], Tokenizer]]:
-    """What identifies the tokenizer in the settings, and how to get it once the split is known."""
+def _check_number(name: str, value: int | None, largest: int) -> None:
+    if value is not None and not 1 <= value <= largest:
+        raise InputError(f"impossible {name}", found=str(value), change=f"give a number from 1 to {largest}")
+
+
+def _tokenizer(chosen: str) -> tuple[str, Callable[[Callable[[], list[str]]], Tokenizer]]:
+    """What identifies the tokenizer in the settings, and how to get it once there are texts to train it on."""
     if not chosen.startswith("train:"):
         loaded = load_tokenizer(chosen)
-        return loaded.hash, lambda source, split: loaded
+        return loaded.hash, lambda texts: loaded
     number = chosen.removeprefix("train:")
     if not number.isdecimal():
         raise InputError("no vocabulary size to train a tokenizer with", found=chosen, change="write train:8192")
     check_bpe_size(int(number))
-    return chosen, lambda source, split: train_bpe(training_sample(source, split, SAMPLE_BYTES), int(number))
+    return chosen, lambda texts: train_bpe(texts(), int(number))
 
 
 def _finished(output: Path, header: dict) -> dict:
@@ -230,7 +256,7 @@ def _finished(output: Path, header: dict) -> dict:
 def _plan(
     journal: Journal,
     source: Source,
-    make_tokenizer: Callable[[Source, Split], Tokenizer],
+    make_tokenizer: Callable[[Callable[[], list[str]]], Tokenizer],
     output: Path,
     settings: dict,
     report: Progress,
@@ -248,7 +274,9 @@ def _plan(
         raise InputError("all tokens are one document, so none can be set apart for validation", change=change)
     if split.cut is not None:
         report.note("there is only one document: its last part, from a line boundary on, becomes the validation split")
-    tokenizer = make_tokenizer(source, split)
+    if settings["tokenizer"].startswith("train:"):
+        report.note("learning a tokenizer from the training texts")
+    tokenizer = make_tokenizer(lambda: training_sample(source, split, SAMPLE_BYTES))
     if settings["tokenizer"] not in (tokenizer.hash, f"train:{tokenizer.vocab_size}"):
         report.note(f"this text is enough for a vocabulary of {tokenizer.vocab_size} ids only")
     tokenizer.save(folder)

@@ -6,9 +6,10 @@ import argparse
 import shlex
 import sys
 
+from braid.data_pipeline.estimate import Estimate
 from braid.data_pipeline.filters import Filters
 from braid.data_pipeline.formats import FORMATS
-from braid.data_pipeline.prepare import EMBEDDED_VOCAB_SIZE, prepare, prepare_embedded, prepare_tokens
+from braid.data_pipeline.prepare import EMBEDDED_VOCAB_SIZE, estimate, prepare, prepare_embedded, prepare_tokens
 from braid.data_pipeline.readers import ENDINGS
 from braid.kernels.errors import InputError
 
@@ -51,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=FORMATS,
         help="of the shards: mosaicml-streaming, webdataset, flat files (mds)",
     )
+    add("--dry-run", action="store_true", help="say what it would give and take, from a sample; write nothing")
     add("--workers", type=int, default=1, metavar="N", help="processes that tokenise (1)")
 
 
@@ -61,6 +63,9 @@ def main(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("braid: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
+    if isinstance(manifest, Estimate):
+        _print_estimate(manifest, args.pairs)
+        return 0
     print(f"prepared {args.output}")
     noun = "pairs" if args.pairs else "documents"
     for name, counts in manifest["splits"].items():
@@ -75,7 +80,29 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _from_arguments(args: argparse.Namespace) -> dict:
+def _print_estimate(found: Estimate, pairs: bool) -> None:
+    noun, number = ("pairs", found.documents / 2) if pairs else ("documents", found.documents)
+    ignored = f"; {found.ignored_files} of other kinds are left out" if found.ignored_files else ""
+    minutes, seconds = divmod(round(found.seconds), 60)
+    speed = found.tokens / max(found.seconds, 1e-9)
+    lines = {
+        "inputs": f"{found.files:,} files, {found.input_bytes / 1e6:,.1f} MB{ignored}",
+        noun: f"about {number:,.0f}",
+        "text": f"about {found.text_bytes / 1e6:,.1f} MB",
+        "tokens": f"about {found.tokens:,.0f}, {found.text_bytes / found.tokens:.2f} bytes each",
+        "output": f"about {found.output_bytes / 1e6:,.1f} MB",
+        "free disk": f"{found.free_bytes / 1e6:,.1f} MB",
+        "time": f"about {minutes // 60}:{minutes % 60:02}:{seconds:02} on {found.cores} cores, {speed:,.0f} tokens/s",
+        "sample": f"{found.sampled_bytes / 1e6:,.1f} MB of text from {found.sampled_files} files",
+    }
+    print("dry run: nothing is written")
+    for name, value in lines.items():
+        print(f"  {name:11}{value}")
+    if found.output_bytes > found.free_bytes:
+        print("  the disk has not enough space for it")
+
+
+def _from_arguments(args: argparse.Namespace) -> dict | Estimate:
     common = {"validation_fraction": args.validation_fraction, "format": args.format}
     if args.tokens:
         return _tokens_from_arguments(args, common)
@@ -97,8 +124,9 @@ def _from_arguments(args: argparse.Namespace) -> dict:
         if args.separator is not None or args.text_field != "text" or args.pairs:
             change = "leave these options out: they are about the files of --input"
             raise InputError("--embedded has neither text field nor separator nor pairs", change=change)
-        if filters.settings():
-            raise InputError("--embedded has no filters", change="leave these options out: they are about --input")
+        if filters.settings() or args.dry_run:
+            change = "leave these options out: they are about --input"
+            raise InputError("--embedded has neither filters nor a dry run", change=change)
         if args.tokenizer and args.vocab_size:
             change = "leave out one of the two"
             raise InputError("--vocab-size is for a tokenizer trained here, --tokenizer names another", change=change)
@@ -114,6 +142,8 @@ def _from_arguments(args: argparse.Namespace) -> dict:
     content = {"text_field": args.text_field, "separator": separator}
     if args.pairs:
         content = {"pair_fields": (fields[0] or "source", fields[1] or "target")}
+    if args.dry_run:
+        return estimate(args.input, args.tokenizer, args.output, workers=args.workers, filters=filters, **content)
     return prepare(args.input, args.tokenizer, args.output, **content, filters=filters, **common)
 
 
@@ -126,6 +156,7 @@ def _tokens_from_arguments(args: argparse.Namespace, common: dict) -> dict:
         "--text-field": args.text_field != "text",
         "--vocab-size": args.vocab_size is not None,
         "--workers": args.workers != 1,
+        "--dry-run": args.dry_run,
         "filters": Filters(args.min_bytes, args.max_bytes, args.deduplicate, args.filter).settings(),
     }
     if found := ", ".join(option for option, given in others.items() if given):
