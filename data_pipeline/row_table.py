@@ -10,8 +10,10 @@ That takes one pass over the corpus, shard by shard; the result is a table that 
 beside the shards, or where those cannot be written in ~/.cache/braid. A part is checked when it is first used. While
 one process works it out, the others that need it wait: a file lock, which a killed process does not leave behind.
 
-Memory: two numbers per shard, and while the table is made the documents of one shard. On one core some 0.6 million
-documents a second are packed by best fit and 5 million laid one by one, beside the time it takes to read the shards.
+Memory: three numbers per shard, and while the table is made the documents of one shard, some 300 MB for 400,000 of
+them. One core packs 0.7 million documents a second by best fit, fills rows with as many paragraphs, and lays 1.8
+million documents one by one, beside what it takes to read and check the shards. So 10^9 documents are 24 minutes, 16
+GB of table, and the reading of the corpus, once; a start that finds the table takes milliseconds whatever its size.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def sums_and_parts(world: World) -> None:
 
 
 def steps(
-    world: World, names: list[str], fields: dict[str, Any], precision: str = "fp32"
+    world: World, names: list[str], fields: dict[str, Any], precision: str = "fp32", packed: bool = False
 ) -> dict[str, tuple[dict[str, float], dict]]:
     """A step of each case: the terms of the loss and the whole gradients, added up as the trainer does."""
     plan = ParallelConfig(**fields)
@@ -128,7 +128,7 @@ def steps(
     for name in names:
         objective = build(name, mesh.tensor, plan.sequence, Context(mesh.context, plan.context_by))
         lengths = watch(objective.network)
-        terms, _ = step(objective, precision)
+        terms, _ = step(objective, precision, packed=packed)
         prefix = NUM_PREFIX if name == "elf" else 0
         share = (LENGTH + prefix) // plan.context // (plan.tensor if plan.sequence else 1)
         assert share in lengths and max(lengths) <= (LENGTH + prefix) // plan.context, (name, lengths)

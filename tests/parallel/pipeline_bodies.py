@@ -58,22 +58,29 @@ def build_piece(name: str, mesh: Mesh, plan: ParallelConfig, **model: Any) -> Ob
     return build(name, mesh.tensor, plan.sequence, stage=stage, num_layers=number, **model)
 
 
-def micro_batches(num: int) -> list[tuple[Batch, Noise]]:
-    batch, noise = batch_and_noise()
+def micro_batches(num: int, *, packed: bool = False) -> list[tuple[Batch, Noise]]:
+    batch, noise = batch_and_noise(packed=packed)
     pieces = []
     for rows in torch.arange(BATCH).chunk(num):
-        part = Batch(batch.tokens[rows], batch.loss_mask[rows], batch.ordinals[rows], batch.condition[rows])
+        part = Batch(**{name: None if x is None else x[rows] for name, x in vars(batch).items()})
         fields = {field: getattr(noise, field)[rows] for field in ("ordinals", "index", "shift")}
         pieces.append((part, replace(noise, **fields)))
     return pieces
 
 
 def step(
-    objective: Objective, mesh: Mesh, plan: ParallelConfig, num: int, precision: str = "fp32", *, freed: bool = False
+    objective: Objective,
+    mesh: Mesh,
+    plan: ParallelConfig,
+    num: int,
+    precision: str = "fp32",
+    *,
+    freed: bool = False,
+    packed: bool = False,
 ) -> Result:
     """The gradients of a step of `num` micro-batches, as an engine makes them whole. `freed`: what was sent to the next
     piece is freed, as on a GPU."""
-    pieces, network = micro_batches(num), objective.network
+    pieces, network = micro_batches(num, packed=packed), objective.network
     optimizer = torch.optim.SGD(objective.parameters())
     engine = PlainEngine(objective, optimizer, mesh)
     schedule = Schedule(network.stage, plan, MODEL.width) if network.stage.divided else None
@@ -99,13 +106,22 @@ def step(
 
 
 def steps(
-    world: World, names: list[str], fields: dict, num: int, precision: str, model: dict, freed: bool = False
+    world: World,
+    names: list[str],
+    fields: dict,
+    num: int,
+    precision: str,
+    model: dict,
+    freed: bool = False,
+    packed: bool = False,
 ) -> dict[str, Result]:
     """A step of each case, divided as a plan of `fields` says."""
     plan = ParallelConfig(**fields)
     mesh, results = build_mesh(world, plan), {}
     for name in names:
-        results[name] = step(build_piece(name, mesh, plan, **model), mesh, plan, num, precision, freed=freed)
+        results[name] = step(
+            build_piece(name, mesh, plan, **model), mesh, plan, num, precision, freed=freed, packed=packed
+        )
     return results
 
 

@@ -124,20 +124,30 @@ def build(
     return objective.train()
 
 
-def batch_and_noise() -> tuple[Batch, Noise]:
-    """Random rows; the first token is given, the last two are padding in some of them."""
+def batch_and_noise(*, packed: bool = False) -> tuple[Batch, Noise]:
+    """Random rows; the first token is given, the last two are padding in some of them. `packed`: in them all, and the
+    others are documents that end where nothing else does."""
     tokens = torch.randint(0, VOCAB - 2, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
     condition, loss_mask = torch.zeros(2, BATCH, LENGTH, dtype=torch.bool)
     condition[:, 0] = True
     loss_mask[:] = ~condition
     loss_mask[::2, -2:] = False
+    segments = None
+    if packed:
+        ends = torch.tensor([[3, 8], [5, 6], [1, 10], [7, 9]])
+        segments = 1 + (torch.arange(LENGTH)[None, :, None] >= ends[:, None]).sum(-1)
+        segments[:, -2:] = 0
+        loss_mask = (segments > 0) & ~condition
     ordinals = torch.arange(BATCH)
-    return Batch(tokens, loss_mask, ordinals, condition), Noise.training(fold_key(1, "train"), 0, BATCH, ordinals)
+    batch = Batch(tokens, loss_mask, ordinals, condition, segments)
+    return batch, Noise.training(fold_key(1, "train"), 0, BATCH, ordinals)
 
 
-def step(objective: Objective, precision: str = "fp32") -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+def step(
+    objective: Objective, precision: str = "fp32", *, packed: bool = False
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """Forward and backward pass: the terms of the loss, and the gradients as they come."""
-    batch, noise = batch_and_noise()
+    batch, noise = batch_and_noise(packed=packed)
     corrupted = objective.corrupt(batch, noise)
     with objective.context.dividing():
         corrupted = corrupted.part(objective.context)
