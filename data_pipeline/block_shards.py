@@ -121,10 +121,18 @@ class BlockShardReader(ShardReader):
 
     def verify_shard(self, shard: int) -> None:
         """Compare size and hash of a shard, and its part of blocks.u64, with the index. Raises InputError."""
-        found, expected = _table_hash(self._table_of(shard)), self._entries[shard]["blocks"][HASH]
-        if found != expected:
-            raise self._damaged(shard, f"the {HASH} hash of its part of {BLOCKS_FILE} is {found}, not {expected}")
+        if problem := self._part_problem(shard):
+            raise self._damaged(shard, f"the {HASH} hash of its part {problem}")
         super().verify_shard(shard)
+
+    def table_problem(self) -> str | None:
+        """How blocks.u64 differs from what the index says of it."""
+        problems = ((shard, self._part_problem(shard)) for shard in range(len(self.shard_names)))
+        return next((f"the part of {self.shard_names[k]} {problem}" for k, problem in problems if problem), None)
+
+    def _part_problem(self, shard: int) -> str | None:
+        found, expected = _table_hash(self._table_of(shard)), self._entries[shard]["blocks"][HASH]
+        return f"of {BLOCKS_FILE} is {found}, not {expected}" if found != expected else None
 
     def _damaged_rows(self, shard: int, file: BinaryIO) -> str:
         def content(at: int, num: int, dtype: np.dtype) -> np.ndarray:

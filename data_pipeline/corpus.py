@@ -22,20 +22,27 @@ import json
 from bisect import bisect_right
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
 
 from braid.data_pipeline.formats import FORMATS, shard_reader
+from braid.data_pipeline.remote import Fetching, is_url
 from braid.data_pipeline.shards import INDEX_FILE, ShardReader, atomic_file
 from braid.data_pipeline.tokenizers import load_tokenizer
 from braid.kernels.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from braid.data_pipeline.cache import FetchingAhead
 
 MANIFEST_FILE = "manifest.json"
 MANIFEST_VERSION = 1
 TOKENIZER_FOLDER = "tokenizer"
 ROWS_FILE = "rows.npy"
 PAIRS_FILE = "pairs.npy"
+ORIGIN_FILE = "origin.json"
+"""In a folder of the cache: the store its shards come from (`remote_corpus`)."""
 BLOCK_BYTES = 64 << 10
 """Bytes of tokens in a stored row; the last row of a split may be shorter."""
 
@@ -83,6 +90,7 @@ def split_fingerprint(folder: Path, tokenizer_hash: str, *, pairs: bool = False)
 class TokenCorpus:
     """One split of a prepared corpus, opened with `TokenCorpus.open`.
 
+    source: what it was opened by, a folder or a URL. folder: where its files are; of a URL, in the cache.
     manifest: dict. split, fingerprint (16 hex digits), dtype of stored tokens, vocab_size (mask included), tokenizer.
     num_tokens, num_documents and num_bytes (original UTF-8 bytes) of the split; num_stream_tokens counts one EOS per
     document more. shard_starts: stream position at which each shard begins, closed by num_stream_tokens. pair_starts:
@@ -93,16 +101,24 @@ class TokenCorpus:
     """
 
     @classmethod
-    def open(cls, folder: Path, split: str, damaged: str = "stop", ledger: Path | None = None) -> TokenCorpus:
-        """Open `split` ("train" or "validation") of a folder written by `braid prepare`.
+    def open(
+        cls,
+        folder: str | Path,
+        split: str,
+        damaged: str = "stop",
+        ledger: Path | None = None,
+        fetching: Fetching | None = None,
+    ) -> TokenCorpus:
+        """Open `split` ("train" or "validation") of a folder written by `braid prepare`, or of a copy of one in a
+        store, whose URL `folder` is then (a str: a Path would shorten it). `fetching` says how files come from there.
 
         damaged: what a missing or damaged shard means to the readers built on top: `stop` (InputError with its name)
         or `skip` (its rows are left out and written to `ledger`, a file of JSON lines). Either way a read that touches
         the shard is refused.
 
-        Raises InputError when the folder is missing, incomplete, changed, empty or does not fit its tokenizer.
+        Raises InputError when the folder is missing, incomplete, changed, empty or does not fit its tokenizer,
+        StoreFailed when it does not come from its store.
         """
-        folder = Path(folder)
         if damaged not in ("stop", "skip"):
             raise ConfigError(
                 "what to do about damaged shards is not known",
@@ -114,10 +130,18 @@ class TokenCorpus:
                 "rows of damaged shards cannot be skipped without a ledger to name them",
                 change="give the ledger's path, or use `stop`",
             )
-        return cls(folder, split, _read_manifest(folder), damaged, ledger)
+        source = str(folder)
+        if is_url(folder):
+            from braid.data_pipeline.remote_corpus import cached_corpus
+
+            folder = cached_corpus(source, split, fetching or Fetching())
+        corpus = cls(Path(folder), split, _read_manifest(Path(folder)), damaged, ledger)
+        corpus.source = source
+        return corpus
 
     def __init__(self, folder: Path, split: str, manifest: dict, damaged: str, ledger: Path | None) -> None:
         self.folder, self.split, self.manifest, self.damaged, self.ledger = folder, split, manifest, damaged, ledger
+        self.source = str(folder)
         if split not in manifest["splits"]:
             raise InputError(
                 f"the corpus {folder} has no split {split}",
@@ -137,6 +161,10 @@ class TokenCorpus:
         self.vocab_size, self.dtype = self.tokenizer.vocab_size, np.dtype(manifest["dtype"])
         self.bos_id, self.eos_id = self.tokenizer.bos_id, self.tokenizer.eos_id
         self._reader = shard_reader(manifest["format"], folder / split)
+        if (folder / ORIGIN_FILE).exists():
+            from braid.data_pipeline.remote_corpus import shards_in_store
+
+            self._reader.remote = shards_in_store(folder, split)
         self._open_tables()
         self._check_fingerprint()
 
@@ -157,6 +185,13 @@ class TokenCorpus:
     def shard_names(self) -> list[str]:
         """File names of the shards, in the order of the stream."""
         return self._reader.shard_names
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the split's files; of shards that are still in a store too."""
+        files = [path for path in (self.folder / self.split).iterdir() if not path.name.startswith("shard.")]
+        shards = (self._reader.stored(k)["bytes"] for k in range(len(self.shard_names)))
+        return sum(path.stat().st_size for path in files) + sum(shards)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Positions [start, stop) of the virtual stream "document EOS document EOS ...": 1-D array of `dtype`."""
@@ -208,6 +243,16 @@ class TokenCorpus:
             except InputError as error:
                 self._damage[shard] = error.found
         return self._damage[shard]
+
+    def fetching_ahead(self, window: int) -> FetchingAhead | None:
+        """Threads that fetch shards before they are read, for an order with that window; None where all are here."""
+        remote = self._reader.remote
+        if remote is None:
+            return None
+        from braid.data_pipeline.cache import FetchingAhead
+
+        entries = [self._reader.stored(shard) for shard in range(len(self.shard_names))]
+        return FetchingAhead(remote, entries, 4 * window)
 
     def write_to_ledger(self, **entry: object) -> None:
         """Append a JSON line to the ledger unless it is there already: other ranks and earlier starts of a run find the

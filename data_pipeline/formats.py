@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from braid.data_pipeline import block_shards, mds
-from braid.data_pipeline.block_shards import BlockShardReader, FlatWriter, TarWriter
+from braid.data_pipeline.block_shards import BLOCKS_FILE, BlockShardReader, FlatWriter, TarWriter
 from braid.data_pipeline.mds import MDSReader, MDSWriter
 from braid.data_pipeline.shards import ShardReader
 
 WRITERS = {"mds": MDSWriter, "wds": TarWriter, "flat": FlatWriter}
 FORMATS = tuple(WRITERS)
+TABLE_FILES = {"mds": [], "wds": [BLOCKS_FILE], "flat": [BLOCKS_FILE]}
+"""What a folder of shards has besides them and its index."""
 
 
 def COLUMNS(dtype: np.dtype | str) -> dict[str, str]:

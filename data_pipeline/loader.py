@@ -114,7 +114,7 @@ class Loader:
         if len(rows) < global_batch_size:
             corpus = rows.corpus
             raise DataExhausted(
-                f"the {corpus.split} split of {corpus.folder} has fewer rows than one global batch",
+                f"the {corpus.split} split of {corpus.source} has fewer rows than one global batch",
                 found=f"{len(rows)} rows of {rows.sequence_length} tokens, global_batch_size {global_batch_size}",
                 change="use more data, a smaller global_batch_size or a shorter sequence_length",
             )
@@ -128,10 +128,14 @@ class Loader:
     def __iter__(self) -> Iterator[list[Batch]]:
         num_micro_batches = (self._stop - self._first) // self.micro_batch_size
         planned: deque[tuple[int, int]] = deque()  # where each step, perhaps only read ahead, ends; its real tokens
+        ahead = self.rows.corpus.fetching_ahead(self.order.window)
 
         def requests() -> Iterator[np.ndarray]:
-            position = self.position
+            position, wanted = self.position, []
             while True:
+                if ahead and (coming := self._coming_shards(position)) != wanted:
+                    wanted = coming
+                    ahead.want(wanted)
                 indices, position = self._plan_step(position)
                 planned.append((position, self.rows.num_real(indices)))
                 mine = indices[self._first : self._stop]
@@ -141,13 +145,26 @@ class Loader:
             packed = _read_in_workers(self.rows, requests(), self.workers)
         else:
             packed = map(self.rows.load, requests())
-        while True:
-            ordinals = self.consumed + np.arange(self._first, self._stop)
-            step = [Batch.of_rows(self.rows, next(packed), part) for part in ordinals.reshape(num_micro_batches, -1)]
-            self.consumed += self.global_batch_size
-            self.position, num_real = planned.popleft()
-            self.num_real += num_real
-            yield step
+        try:
+            while True:
+                ordinals = self.consumed + np.arange(self._first, self._stop)
+                parts = ordinals.reshape(num_micro_batches, -1)
+                step = [Batch.of_rows(self.rows, next(packed), part) for part in parts]
+                self.consumed += self.global_batch_size
+                self.position, num_real = planned.popleft()
+                self.num_real += num_real
+                yield step
+        finally:
+            if ahead:
+                ahead.close()
+
+    def _coming_shards(self, position: int) -> list[int]:
+        """The shards that the rows of this window and the next are read from. A row may reach into the shard that
+        follows its own."""
+        last = len(self.rows.rows_per_shard) - 1
+        windows = self.order.coming_shards(position)
+        read = (k for shards in windows for k in (*shards, *(min(shard + 1, last) for shard in shards)))
+        return list(dict.fromkeys(read))
 
     def state_dict(self) -> dict:
         """What a run needs to go on, whatever its layout then, and what must not have changed meanwhile."""
@@ -195,7 +212,7 @@ class Loader:
             if num_left_out == 2 * len(self.rows):  # a whole epoch lies in between, wherever the first of them was
                 raise DataExhausted(
                     f"every shard of the {self.rows.corpus.split} split is missing or damaged",
-                    found=f"{self.rows.corpus.folder}, ledger {self.rows.corpus.ledger}",
+                    found=f"{self.rows.corpus.source}, ledger {self.rows.corpus.ledger}",
                     change="copy the corpus again or prepare it again",
                 )
         return np.array(kept), position

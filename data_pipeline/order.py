@@ -46,6 +46,18 @@ class ShuffledOrder:
             start += len(parts[-1])
         return np.concatenate(parts)
 
+    def coming_shards(self, position: int) -> list[list[int]]:
+        """The shards of the window that holds `position`, and those of the window after it."""
+        epoch, k = divmod(position, self._num_rows)
+        _, starts = self._epochs.get(epoch) or self._plan_epoch(epoch)
+        window = bisect_right(starts, k) - 1
+        following = (epoch, window + 1) if window + 1 < len(starts) else (epoch + 1, 0)
+        coming = []
+        for e, w in ((epoch, window), following):
+            shards, _ = self._epochs.get(e) or self._plan_epoch(e)
+            coming.append(shards[w * self.window : (w + 1) * self.window].tolist())
+        return coming
+
     def _following(self, position: int) -> np.ndarray:
         """The rows from `position` to the end of its window."""
         assert position >= 0, f"position {position}"

@@ -105,7 +105,7 @@ class Rows:
         self.num_oversized = self._cuts.num_long
         if self._cuts.num_rows == 0:
             raise DataExhausted(
-                f"the {corpus.split} split of {corpus.folder} is shorter than one row",
+                f"the {corpus.split} split of {corpus.source} is shorter than one row",
                 found=f"{corpus.num_stream_tokens} tokens, a row takes {room}",
                 change="use a shorter sequence_length or a larger corpus",
             )
@@ -323,7 +323,7 @@ class _PairCuts(_Cuts):
         super().__init__(corpus)  # and not its table, which would be pickled whole
         if corpus.pair_starts is None:
             raise ConfigError(
-                f"the corpus {corpus.folder} does not consist of pairs",
+                f"the corpus {corpus.source} does not consist of pairs",
                 found="packing='pairs'",
                 change="prepare it from pairs (`braid prepare --pairs`), or use another packing",
             )

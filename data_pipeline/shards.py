@@ -14,12 +14,15 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import xxhash
 
 from braid.kernels.errors import InputError
+
+if TYPE_CHECKING:
+    from braid.data_pipeline.cache import CachedShards
 
 INDEX_FILE = "index.json"
 HASH = "xxh3_64"
@@ -77,12 +80,14 @@ class ShardReader(ABC):
     what its parent had checked. No locks and no shared file positions: safe to use from several threads and after a
     fork, and it can be pickled.
 
+    remote: where the shards come from if the folder is one of a cache; each is fetched when it is first read.
     num_rows: rows in all shards. shard_rows: int64 [shards], rows of each. shard_names: their file names.
     Raises InputError for a missing or malformed index, and for a missing or damaged shard when it is touched.
     """
 
     def __init__(self, folder: Path, entries: list[dict]) -> None:
         self.folder, self._entries = folder, entries
+        self.remote: CachedShards | None = None
         self.shard_names = [entry["raw_data"]["basename"] for entry in entries]
         self.shard_rows = np.array([entry["samples"] for entry in entries], np.int64)
         self.num_rows = int(self.shard_rows.sum())
@@ -103,7 +108,7 @@ class ShardReader(ABC):
 
     def verify_shard(self, shard: int) -> None:
         """Compare size and hash of a shard with the index. Raises InputError with what was expected and found."""
-        expected = self._entries[shard]["raw_data"]
+        expected = self.stored(shard)
         digest, buffer = xxhash.xxh3_64(), memoryview(bytearray(1 << 18))
         with self._opened(shard) as file:
             while num_bytes := file.readinto(buffer):  # not through a map, where a failing disk would be a SIGBUS
@@ -115,25 +120,45 @@ class ShardReader(ABC):
     def touch(self, shard: int) -> None:
         """`verify_shard` on the first call for this shard in this process; nothing afterwards."""
         if shard not in self._verified:
-            self.verify_shard(shard)
+            try:
+                self.verify_shard(shard)
+            except InputError:  # of a shard that was fetched whole: it has changed in the cache
+                if self.remote is None or not self.remote.discard(self.stored(shard)):
+                    raise
+                self.verify_shard(shard)
             self._verified.add(shard)
+
+    def stored(self, shard: int) -> dict:
+        """What the index says of the file of a shard: basename, bytes, hashes."""
+        return self._entries[shard]["raw_data"]
+
+    def table_problem(self) -> str | None:
+        """How files beside the shards differ from what the index says of them."""
+        return None
 
     def _open(self, shard: int) -> mmap.mmap:
         """Map a shard whose content is right, and keep the map."""
+        while self._maps and self._are_too_many(self.stored(shard)["bytes"]):
+            self._maps.pop(list(self._maps)[0], None)  # not closed here: rows handed out may still view it
         self.touch(shard)
         with self._opened(shard) as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if len(self._maps) >= MAX_OPEN_SHARDS:
-            self._maps.pop(list(self._maps)[0], None)  # not closed here: rows handed out may still view it
         self._maps[shard] = data
         return data
+
+    def _are_too_many(self, num_bytes: int) -> bool:
+        """Whether a map must go before one of `num_bytes` comes. What is mapped is not removed from a cache: the maps
+        of a process take a quarter of it, and leave the rest to what comes next and to other jobs."""
+        limit = self.remote.limit_bytes if self.remote else 0
+        over = limit and 4 * (sum(map(len, list(self._maps.values()))) + num_bytes) > limit
+        return len(self._maps) >= MAX_OPEN_SHARDS or bool(over)
 
     @contextmanager
     def _opened(self, shard: int) -> Iterator[BinaryIO]:
         """The open file, if its size is right; whatever the system says about it becomes the error of the shard."""
-        expected_bytes = self._entries[shard]["raw_data"]["bytes"]
+        expected_bytes, path = self.stored(shard)["bytes"], self.folder / self.shard_names[shard]
         try:
-            with open(self.folder / self.shard_names[shard], "rb") as file:
+            with self.remote.open(self.stored(shard)) if self.remote else open(path, "rb") as file:
                 num_bytes = os.fstat(file.fileno()).st_size
                 if num_bytes != expected_bytes:
                     raise self._damaged(shard, f"it has {num_bytes} bytes, index.json says {expected_bytes}")

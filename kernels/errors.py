@@ -49,3 +49,9 @@ class DataExhausted(BraidError):
     """The corpus cannot provide what the run asks for."""
 
     exit_code = 5
+
+
+class StoreFailed(BraidError):
+    """A store does not hand out what it holds: it cannot be reached, fails or is too slow. Later it may."""
+
+    exit_code = 4

@@ -14,7 +14,7 @@ EXIT_CODES = """exit codes:
   0  done
   2  bad configuration or input, or a place that cannot be written; the message says what to change
   3  preempted: stopped by a signal or a deadline, with the state saved
-  4  training failed
+  4  training failed, or a store did not answer in time
   5  the data cannot provide what the run asks for"""
 
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it

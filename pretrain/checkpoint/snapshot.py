@@ -35,7 +35,17 @@ CONFIG_FILE = "config.yaml"
 
 FREE_TO_CHANGE = ("model.dropout", "model.activation_checkpointing", "model.compile")
 """Fields of the sections `model` and `objective` that do not change what the saved weights mean."""
-UNMENTIONED = ("run.dir", "run.threads", "data.path", "data.workers", "training.log_every", "telemetry")
+UNMENTIONED = (
+    "run.dir",
+    "run.threads",
+    "data.path",
+    "data.workers",
+    "data.cache",
+    "data.retries",
+    "data.timeout_s",
+    "training.log_every",
+    "telemetry",
+)
 """Fields whose change is not worth a line when a run is continued."""
 
 

@@ -37,7 +37,8 @@ class DataConfig:
     """The prepared corpus (see `braid prepare`) and how rows are cut from it."""
 
     path: str = "data/embedded"
-    """Folder written by `braid prepare`; it holds `train/`, `validation/` and `tokenizer/`."""
+    """Folder written by `braid prepare`; it holds `train/`, `validation/` and `tokenizer/`. Or the URL of a copy in a
+    store: s3://, gs://, hf://, http://, https://, file://. Its shards are fetched before they are read."""
     sequence_length: int = 128
     """Tokens in a row, special tokens included."""
     packing: str = "wrap"
@@ -55,6 +56,16 @@ class DataConfig:
     """Loader processes per rank; 0 reads in the training process (fastest for local files)."""
     damaged: str = "stop"
     """A damaged or missing shard: `stop` with its name, or `skip` its rows and write them into a ledger."""
+    cache: str = ""
+    """Where shards of a URL are kept, for all processes of this machine: a folder on a local disk. Empty:
+    $XDG_CACHE_HOME/braid/corpora, or ~/.cache/braid/corpora."""
+    cache_gb: float = 100.0
+    """Gigabytes (10^9 bytes) of shards kept there; beyond, those opened longest ago go, unless somebody reads them.
+    0: no limit."""
+    retries: int = 5
+    """Attempts after the first to fetch a file of a URL, with growing pauses in between."""
+    timeout_s: float = 300.0
+    """Seconds to fetch one, all attempts together; an attempt that is silent for its share of them is given up."""
 
 
 @dataclass(frozen=True, kw_only=True)

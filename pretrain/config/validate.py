@@ -87,6 +87,9 @@ def _run_and_data(check: Check, config: Config) -> None:
     check.at_least("data.window", data.window, 1)
     check.at_least("data.workers", data.workers, 0)
     check.one_of("data.damaged", data.damaged, ("stop", "skip"))
+    check.at_least("data.cache_gb", data.cache_gb, 0)
+    check.at_least("data.retries", data.retries, 0)
+    check.positive("data.timeout_s", data.timeout_s)
 
 
 def _model(check: Check, model: ModelConfig) -> None:

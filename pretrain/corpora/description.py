@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,14 +36,13 @@ def describe(folder: str) -> dict[str, Any]:
 def _describe_split(corpus: TokenCorpus) -> dict[str, Any]:
     shards = readable_shards(corpus)
     lengths = document_lengths(corpus, shards)
-    folder = corpus.folder / corpus.split
     return {
         "fingerprint": corpus.fingerprint,
         "documents": corpus.num_documents,
         "tokens": corpus.num_tokens,
         "text_bytes": corpus.num_bytes,
         "shards": len(corpus.shard_names),
-        "stored_bytes": sum(path.stat().st_size for path in Path(folder).iterdir()),
+        "stored_bytes": corpus.stored_bytes,
         "lengths": {
             "shards_read": len(shards),
             "documents": len(lengths),

@@ -49,9 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "conditional (answers to the sources of pairs: BLEU, ROUGE, exact match); default bound",
     )  # fmt: skip
     parser.add_argument(
-        "--data", type=Path, action="append",
-        help="prepared corpus; default: the one the run was trained on. Repeat it to score several, each prepared with "
-        "the model's tokenizer; samples are compared with the first",
+        "--data", metavar="CORPUS", action="append",
+        help="prepared corpus, a folder or URL; default: the one the run was trained on. Repeat it to score several, "
+        "each prepared with the model's tokenizer; samples are compared with the first",
     )  # fmt: skip
     parser.add_argument("--split", default="validation", choices=["validation", "train"], help="default validation")
     parser.add_argument("--sequences", type=int, help="rows scored, spread over the split; default: all")
@@ -145,7 +145,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Estimate]]:
             found=f"--sample-steps {args.sample_steps}",
             change="give one, or --metrics generative, which prints the entropy for each",
         )
-    folders = args.data or [Path(config.data.path)]
+    folders = args.data or [config.data.path]
     corpora = [_rows(folder, args.split, model) for folder in folders]
     judge = None
     if "generative" in metrics:  # a judge that cannot be loaded should be known before hours of scoring
@@ -229,12 +229,15 @@ def _steps(args: argparse.Namespace, model: LoadedModel) -> list[int | None]:
     return list(dict.fromkeys(map(int, words)))
 
 
-def _rows(folder: Path, split: str, model: LoadedModel) -> Rows:
+def _rows(folder: str, split: str, model: LoadedModel) -> Rows:
     from braid.data_pipeline.corpus import TokenCorpus
     from braid.data_pipeline.packing import Rows
+    from braid.data_pipeline.remote import Fetching
     from braid.kernels.errors import InputError
 
-    corpus = TokenCorpus.open(folder, split)
+    data = model.config.data
+    fetching = Fetching(data.cache, data.cache_gb, data.retries, data.timeout_s)
+    corpus = TokenCorpus.open(folder, split, fetching=fetching)
     if corpus.tokenizer.hash != model.tokenizer.hash:
         raise InputError(
             f"the corpus {folder} was tokenised with another tokenizer than the model's",
@@ -242,7 +245,6 @@ def _rows(folder: Path, split: str, model: LoadedModel) -> Rows:
             f"model {model.tokenizer.hash[:16]} ({model.tokenizer.vocab_size} ids)",
             change=f"prepare the text with --tokenizer {model.path / 'tokenizer'}",
         )
-    data = model.config.data
     return Rows(corpus, data.sequence_length, data.packing, oversized=data.oversized)
 
 
@@ -263,7 +265,7 @@ def _score(
         num_bytes += sum(rows.num_bytes(i) for i in batch.ordinals.tolist())
     estimates: list[Estimate] = []
     result: dict[str, Any] = {
-        "data": str(rows.corpus.folder),
+        "data": rows.corpus.source,
         "split": args.split,
         "num_sequences": num_sequences,
         "num_tokens": num_tokens,

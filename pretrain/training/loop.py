@@ -21,6 +21,7 @@ from braid.data_pipeline.corpus import TokenCorpus
 from braid.data_pipeline.loader import Batch, Loader
 from braid.data_pipeline.order import ShuffledOrder
 from braid.data_pipeline.packing import Rows
+from braid.data_pipeline.remote import Fetching
 from braid.kernels.errors import CheckpointError, Preempted, TrainingFailed
 from braid.kernels.random import fold_key
 from braid.parallel.context import Context
@@ -76,8 +77,11 @@ class Trainer:
 
         # Data: rows of both splits, and the order that depends on (seed, epoch) alone.
         ledger = self.run_dir / "damaged.jsonl"
-        corpus = TokenCorpus.open(Path(data.path), "train", damaged=data.damaged, ledger=ledger)
-        validation = TokenCorpus.open(Path(data.path), "validation", damaged=data.damaged, ledger=ledger)
+        fetching = Fetching(data.cache, data.cache_gb, data.retries, data.timeout_s)
+        corpus, validation = (
+            TokenCorpus.open(data.path, split, damaged=data.damaged, ledger=ledger, fetching=fetching)
+            for split in ("train", "validation")
+        )
         self.tokenizer = corpus.tokenizer
         rows, self.validation_rows = (
             Rows(split, data.sequence_length, data.packing, oversized=data.oversized) for split in (corpus, validation)
