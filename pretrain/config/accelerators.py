@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from braid.pretrain.config.check import Check
+from braid.pretrain.config.packing import DOCUMENT_PACKINGS
 
 if TYPE_CHECKING:
     from braid.pretrain.config.schema import Config
@@ -73,6 +74,10 @@ def _attention(check: Check, config: Config) -> None:
     if config.objective.name == "elf":
         found = f"{asked}, objective.name = 'elf'"
         check.add(f"{library} takes no mask, and ELF hides padding by one", found, "accelerators.attention=torch")
+    elif config.data.packing in DOCUMENT_PACKINGS:
+        found = f"{asked}, data.packing = {config.data.packing!r}"
+        change = "accelerators.attention=torch, or data.packing=wrap or stream"
+        check.add(f"{library} takes no mask, and rows of documents hide padding and each other by one", found, change)
     if model.num_heads > 0 and model.width > FLASH_HEAD_DIM * model.num_heads:
         found = f"model.width / model.num_heads = {model.width} / {model.num_heads} = {model.width / model.num_heads:g}"
         check.add(f"{library} takes heads of at most {FLASH_HEAD_DIM}", found, "a larger model.num_heads")

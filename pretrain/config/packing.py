@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from braid.pretrain.config.check import Check
-from braid.pretrain.config.schema import Config
+
+if TYPE_CHECKING:
+    from braid.pretrain.config.schema import Config
 
 DOCUMENT_PACKINGS = ("document", "best_fit", "paragraph")
 HONOURS_PADDING = ("ar", "ccdd", "duo", "elf", "gidd", "mdlm", "replaid")

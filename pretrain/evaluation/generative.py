@@ -61,8 +61,11 @@ def corpus_texts(rows: Rows, num: int, tokenizer: Tokenizer) -> tuple[Texts, Tex
     row in common: what samples are compared with, and the control. And the counts of every id in all rows but the
     control's, int64 [V]."""
     batches = list(validation_batches(rows, 2 * num, ROWS_AT_A_TIME, 0, 1))
-    chosen = [row for batch in batches for row in batch.tokens.numpy()]
-    scored = [mask for batch in batches for mask in batch.loss_mask.numpy()]
+    chosen = [
+        row[is_text]  # without padding
+        for batch in batches
+        for row, is_text in zip(batch.tokens.numpy(), (batch.loss_mask | batch.condition).numpy(), strict=True)
+    ]
     if len(chosen) < 2:
         raise ConfigError(
             "generative metrics compare with at least two rows of the corpus",
@@ -71,8 +74,7 @@ def corpus_texts(rows: Rows, num: int, tokenizer: Tokenizer) -> tuple[Texts, Tex
         )
     control = chosen[1::2]
     counts = token_counts(rows, tokenizer.vocab_size)
-    counted = np.concatenate(control)[np.concatenate(scored[1::2])]
-    counts -= np.bincount(counted, minlength=tokenizer.vocab_size)
+    counts -= np.bincount(np.concatenate(control), minlength=tokenizer.vocab_size)
     wrapped = rows.packing == "wrap"
     return (
         texts_of_rows(chosen[0::2], tokenizer, wrapped=wrapped),

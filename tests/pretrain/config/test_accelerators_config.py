@@ -30,6 +30,7 @@ def test_what_goes_together(recipe):
         ("mdlm_small", (ATTENTION, "run.precision=fp32"), "run.precision = 'fp32'"),
         ("mdlm_small", ("accelerators.norms=apx",), "did you mean apex?"),
         ("elf_b_owt", (ATTENTION,), "takes no mask"),
+        ("mdlm_small", (ATTENTION, "data.packing=best_fit"), "takes no mask"),
         ("mdlm_small", (ATTENTION, "model.num_heads=2"), "768 / 2 = 384"),
         ("mdlm_small", (NORMS, "model.compile=true"), "fused norms of their own"),
         ("elf_b_owt", (OPTIMIZER,), "no Muon"),

@@ -2,10 +2,14 @@
 
 import json
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from braid.data_pipeline.corpus import TokenCorpus
+from braid.data_pipeline.packing import Rows
 from braid.data_pipeline.tokenizers import load_tokenizer
 from braid.kernels.errors import ConfigError, InputError
 from braid.pretrain.evaluation import divergence as divergence_module
@@ -14,6 +18,10 @@ from braid.pretrain.evaluation.generative import Reference, corpus_texts, measur
 from braid.pretrain.evaluation.judge import Judged
 
 from .test_bound import FixedRows
+
+sys.path.append(str(Path(__file__).parents[2] / "data_pipeline"))
+
+from small_corpus import build as build_corpus  # noqa: E402
 
 TOKENIZER = load_tokenizer("bytes")
 END = TOKENIZER.eos_id
@@ -54,6 +62,20 @@ def test_corpus_texts_share_no_row():
     rows.sequence_length = 2
     with pytest.raises(ConfigError, match="at least two rows"):
         corpus_texts(rows, 3, TOKENIZER)
+
+
+def test_texts_of_padded_rows(tmp_path):
+    """Padding is no part of a row, nor of what is counted."""
+    documents = [f"text {n}" * (1 + n % 3) for n in range(12)]
+    build_corpus(tmp_path, documents)
+    rows = Rows(TokenCorpus.open(tmp_path, "train"), 30, "document")
+    reference, control, counts = corpus_texts(rows, 6, TOKENIZER)
+    assert reference.texts == documents[0::2] and control.texts == documents[1::2]
+    assert reference.ended == [True] * 6 and [len(row) for row in control.tokens] == [
+        len(text) + 2 for text in documents[1::2]
+    ]
+    wanted = np.bincount(np.concatenate(reference.tokens), minlength=TOKENIZER.vocab_size)
+    assert counts.tolist() == wanted.tolist()
 
 
 def test_samples_of_a_file(tmp_path):

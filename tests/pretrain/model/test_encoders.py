@@ -146,6 +146,18 @@ def test_a_mask_token_is_hidden_whatever_the_caller_says(prepared, kind):
 
 
 @pytest.mark.parametrize("kind", [*CAUSAL, *BIDIRECTIONAL])
+def test_padding_is_not_read(prepared, kind):
+    encoder = make(prepared, kind)
+    tokens, hidden = example(encoder)
+    segments = torch.ones_like(tokens, dtype=torch.int32)
+    segments[:, 9:] = 0
+    padded = torch.where(segments > 0, tokens, other_words(tokens))
+    z = encoder.encode(tokens, hidden, segments)[:, :9]
+    torch.testing.assert_close(encoder.encode(padded, hidden, segments)[:, :9], z)
+    torch.testing.assert_close(encoder.encode(tokens[:, :9], hidden[:, :9]), z, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [*CAUSAL, *BIDIRECTIONAL])
 def test_hiding_a_token_changes_what_its_neighbours_say(prepared, kind):
     """It is hidden from the encoder, not only from its output."""
     encoder = make(prepared, kind)
