@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -74,6 +75,17 @@ def test_sample_shows_what_training_sees(run_braid, corpus):
     for row, text in zip(wanted, shown[1::2], strict=True):
         inner = rows.corpus.tokenizer.decode(rows[row])
         assert re.sub("<bos/eos>", "", text.strip("\n")).replace(" x 2 ", "") == inner
+
+
+@pytest.mark.parametrize("packing", ["document", "best_fit", "paragraph"])
+def test_sample_shows_no_padding(braid, corpus, tmp_path, packing):
+    copy = shutil.copytree(corpus, tmp_path / "corpus")
+    _, shown, _ = braid("data", "sample", copy, "--rows", 20, "--sequence-length", 256, "--packing", packing)
+    rows = Rows(TokenCorpus.open(copy, "train"), 256, packing)
+    order = ShuffledOrder(rows.rows_per_shard, 0, 4).span(0, 20)
+    lines = [line for line in shown.split("\n") if line.startswith("-- position")]
+    assert lines == [f"-- position {n}, row {row} of {len(rows):,}" for n, row in enumerate(order)]
+    assert "pad" not in shown and rows.num_real(order) < 20 * 256
 
 
 def test_verify(braid, corpus, tmp_path):
