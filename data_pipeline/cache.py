@@ -123,8 +123,7 @@ class CachedShards:
 
     def _fetch(self, entry: dict, path: Path) -> None:
         """With the lock of the shard held."""
-        for left in path.parent.glob(f"{path.name}.*.tmp"):
-            left.unlink(missing_ok=True)
+        remove_copies(path)
         num_bytes, expected = entry["bytes"], entry["hashes"][HASH]
         name = f"{self.split}/{path.name}"
         try:
@@ -170,6 +169,19 @@ class CachedShards:
                 found=f"{self.folder}: {error}",
                 change="let data.cache name a folder on a local disk that this user may write to and that has space",
             ) from error
+
+
+def remove_copies(path: Path) -> None:
+    """Remove what killed processes have fetched of a file, whose lock is held."""
+    for left in path.parent.glob(f"{path.name}.*.tmp"):
+        left.unlink(missing_ok=True)
+
+
+def remove_half_files(folder: Path) -> None:
+    """The same of all shards in a folder, but those that a process is fetching."""
+    for path in {left.with_name(left.name.rsplit(".", 2)[0]) for left in folder.glob("shard.*.tmp")}:
+        with suppress(BlockingIOError), locked(_lock_of(path), 0):
+            remove_copies(path)
 
 
 def _lock_of(path: Path) -> Path:

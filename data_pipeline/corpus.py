@@ -35,6 +35,7 @@ from braid.kernels.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from braid.data_pipeline.cache import FetchingAhead
+    from braid.data_pipeline.remote import Store
 
 MANIFEST_FILE = "manifest.json"
 MANIFEST_VERSION = 1
@@ -130,18 +131,29 @@ class TokenCorpus:
                 "rows of damaged shards cannot be skipped without a ledger to name them",
                 change="give the ledger's path, or use `stop`",
             )
-        source = str(folder)
-        if is_url(folder):
+        source, store, folder = str(folder), None, Path(folder)
+        if is_url(source):
             from braid.data_pipeline.remote_corpus import cached_corpus
 
-            folder = cached_corpus(source, split, fetching or Fetching())
-        corpus = cls(Path(folder), split, _read_manifest(Path(folder)), damaged, ledger)
-        corpus.source = source
-        return corpus
+            folder, store = cached_corpus(source, split, fetching or Fetching())
+        elif (folder / ORIGIN_FILE).exists():
+            from braid.data_pipeline.remote_corpus import origin
 
-    def __init__(self, folder: Path, split: str, manifest: dict, damaged: str, ledger: Path | None) -> None:
+            store = origin(folder)
+        return cls(folder, split, _read_manifest(folder), damaged, ledger, source, store)
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        manifest: dict,
+        damaged: str,
+        ledger: Path | None,
+        source: str,
+        store: Store | None,
+    ) -> None:
         self.folder, self.split, self.manifest, self.damaged, self.ledger = folder, split, manifest, damaged, ledger
-        self.source = str(folder)
+        self.source = source
         if split not in manifest["splits"]:
             raise InputError(
                 f"the corpus {folder} has no split {split}",
@@ -161,10 +173,10 @@ class TokenCorpus:
         self.vocab_size, self.dtype = self.tokenizer.vocab_size, np.dtype(manifest["dtype"])
         self.bos_id, self.eos_id = self.tokenizer.bos_id, self.tokenizer.eos_id
         self._reader = shard_reader(manifest["format"], folder / split)
-        if (folder / ORIGIN_FILE).exists():
-            from braid.data_pipeline.remote_corpus import shards_in_store
+        if store is not None:
+            from braid.data_pipeline.cache import CachedShards
 
-            self._reader.remote = shards_in_store(folder, split)
+            self._reader.remote = CachedShards(store, split, folder / split)
         self._open_tables()
         self._check_fingerprint()
 

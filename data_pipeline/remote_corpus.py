@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
 import xxhash
 
 from braid.data_pipeline import corpus
-from braid.data_pipeline.cache import CachedShards, locked
+from braid.data_pipeline.cache import locked, remove_copies, remove_half_files
 from braid.data_pipeline.formats import TABLE_FILES, shard_reader
 from braid.data_pipeline.remote import Fetching, Store
 from braid.data_pipeline.shards import INDEX_FILE, atomic_file
@@ -26,8 +27,9 @@ from braid.data_pipeline.tokenizers import OWN_FILE, load_tokenizer
 from braid.kernels.errors import InputError, StoreFailed
 
 
-def cached_corpus(url: str, split: str, fetching: Fetching) -> Path:
-    """The folder in the cache of the corpus at `url`, with all that is needed to read `split` but its shards.
+def cached_corpus(url: str, split: str, fetching: Fetching) -> tuple[Path, Store]:
+    """The folder in the cache of the corpus at `url`, with all that is needed to read `split` but its shards; and the
+    store they come from.
 
     Raises InputError when there is no corpus, or one whose files do not belong together; StoreFailed when the store or
     the cache cannot be used."""
@@ -38,7 +40,7 @@ def cached_corpus(url: str, split: str, fetching: Fetching) -> Path:
             folder = fetching.folder / xxhash.xxh3_64_hexdigest(content)
             problem = _fill(folder, split, content, store)
             if problem is None:
-                return folder
+                return folder, store
     except BlockingIOError as error:
         raise StoreFailed(
             f"{url} could not be opened: another process is fetching its files",
@@ -58,10 +60,10 @@ def cached_corpus(url: str, split: str, fetching: Fetching) -> Path:
     )
 
 
-def shards_in_store(folder: Path, split: str) -> CachedShards:
-    """The shards of a split of a folder of the cache, fetched as whoever opened it last by its URL has said."""
-    origin = json.loads((folder / corpus.ORIGIN_FILE).read_bytes())
-    return CachedShards(Store(origin.pop("url"), Fetching(**origin)), split, folder / split)
+def origin(folder: Path) -> Store:
+    """The store that a folder of the cache is filled from, as whoever opened it last by its URL has said."""
+    described = json.loads((folder / corpus.ORIGIN_FILE).read_bytes())
+    return Store(described.pop("url"), Fetching(**described))
 
 
 def _manifest(store: Store) -> bytes:
@@ -72,16 +74,15 @@ def _manifest(store: Store) -> bytes:
             return f"no JSON: {error}"
 
     store.fetching.folder.mkdir(parents=True, exist_ok=True)
-    temporary = store.fetch(corpus.MANIFEST_FILE, store.fetching.folder / corpus.MANIFEST_FILE, problem_of)
-    content = temporary.read_bytes()
-    temporary.unlink()
-    return content
+    with tempfile.TemporaryDirectory() as elsewhere:  # under which name it is kept follows from its content
+        return store.fetch(corpus.MANIFEST_FILE, Path(elsewhere) / corpus.MANIFEST_FILE, problem_of).read_bytes()
 
 
 def _fill(folder: Path, split: str, content: bytes, store: Store) -> str | None:
     """Fetch the small files that are missing or damaged. Says what is wrong with them then, if anything is."""
     manifest = json.loads(content)
     (folder / split).mkdir(parents=True, exist_ok=True)
+    remove_half_files(folder / split)
     with locked(folder / ".lock", store.fetching.timeout_s):
         if _problem(folder, split, manifest):
             for name in _small_files(manifest, split):
@@ -105,8 +106,7 @@ def _small_files(manifest: dict, split: str) -> list[str]:
 
 def _fetch(store: Store, name: str, path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
-    for left in path.parent.glob(f"{path.name}.*.tmp"):  # by a process that was killed
-        left.unlink(missing_ok=True)
+    remove_copies(path)
     os.replace(store.fetch(name, path, lambda _: None), path)
 
 

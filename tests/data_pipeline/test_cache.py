@@ -138,9 +138,10 @@ def test_a_killed_fetch_leaves_nothing_in_the_way(server, folder, tmp_path):
     assert fetching.wait() == -signal.SIGKILL and left[0].exists()
     begun = time.monotonic()
     corpus = opened(server.url, tmp_path)
+    assert not left[0].exists(), "before the shard is asked for"
     expected = TokenCorpus.open(folder, "train")
     np.testing.assert_array_equal(corpus.read(0, 2000), expected.read(0, 2000))
-    assert time.monotonic() - begun < 5 and not left[0].exists() and server.requests[SHARD] == 2
+    assert time.monotonic() - begun < 5 and server.requests[SHARD] == 2
 
 
 def test_who_waited_for_a_fetch_that_failed_fails_with_it(server, folder, tmp_path):

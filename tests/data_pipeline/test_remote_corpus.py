@@ -159,12 +159,13 @@ def test_rows_from_a_warm_cache_cost_what_those_of_a_folder_do(tmp_path):
     build(tmp_path / "corpus", ["words of text " * 200] * 200, block=4096, shard_bytes=1 << 17)
     cached = TokenCorpus.open(f"file://{tmp_path}/corpus", "train", fetching=Fetching(str(tmp_path / "cache")))
     both = [Rows(corpus, 128, "wrap") for corpus in (TokenCorpus.open(tmp_path / "corpus", "train"), cached)]
-    indices = np.random.default_rng(0).permutation(len(both[0]))[:2000]
-    times = [[], []]
-    for _ in range(16):  # in turn, so that both meet the same machine
-        for rows, seconds in zip(both, times, strict=True):
+    indices = np.random.default_rng(0).permutation(len(both[0]))[:1000]
+    best = [float("inf")] * 2
+    for _ in range(200):  # in turn, until both have met the machine at rest
+        for k, rows in enumerate(both):
             begun = time.process_time()
             rows.read(indices)
-            seconds.append(time.process_time() - begun)
-    folder, cache = (min(seconds[1:]) for seconds in times)
-    assert cache <= 1.1 * folder, f"{cache / folder:.2f} times"
+            best[k] = min(best[k], time.process_time() - begun)
+        if best[1] <= 1.05 * best[0]:
+            break
+    assert best[1] <= 1.1 * best[0], f"{best[1] / best[0]:.2f} times"

@@ -59,6 +59,7 @@ def test_what_else_reads_from_a_store(trainers: Trainers, corpus: Path, tmp_path
     assert verified.code == 0 and "all whole" in verified.out
 
 
+@pytest.mark.slow
 def test_a_shard_that_is_damaged_in_the_store_stops_the_run_or_is_skipped(
     trainers: Trainers, corpus: Path, tmp_path: Path, server: S3Server
 ) -> None:
