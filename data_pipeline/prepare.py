@@ -187,6 +187,8 @@ def _prepare(
     with explained, Workers(workers) as processes, Journal(output, header) as journal:
         if filters.settings():
             source = FilteredSource(source, filters, processes, output, goes_on=journal.plan is not None)
+        else:
+            (output / FILTERS_FILE).unlink(missing_ok=True)  # of one with other settings that came to nothing
         chosen, split = _plan(journal, source, make_tokenizer, output, settings, report)
         writers.update((name, _writer(name, output, chosen, settings, journal, source)) for name in SPLITS)
         if journal.num_shards:

@@ -8,8 +8,9 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from typing import TypeVar
 
 from braid.kernels.errors import InputError
@@ -19,20 +20,20 @@ Result = TypeVar("Result")
 
 
 class Workers:
-    """`num` processes, started when first needed; with one, this process does the work itself. A context manager."""
+    """`num` processes, started when first needed; instead of one, a thread of this process, so that it reads and writes
+    while the tokenizer library is at work. A context manager."""
 
     def __init__(self, num: int) -> None:
         self.num = num
         # Spawned, not forked: the tokenizer library has threads, which a fork would leave in an unknown state.
-        context = mp.get_context("spawn")
-        self._pool = ProcessPoolExecutor(num, mp_context=context, initializer=_start) if num > 1 else None
+        processes = partial(ProcessPoolExecutor, mp_context=mp.get_context("spawn"), initializer=_start)
+        self._pool = processes(num) if num > 1 else ThreadPoolExecutor(1)
 
     def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
     def map(
         self, function: Callable[..., Result], items: Iterator[Item], argument: Callable[[Item], object]
@@ -40,10 +41,6 @@ class Workers:
         """(item, function(argument(item))) in the order of `items`. Some more are taken ahead than there are processes.
 
         `function`, its argument and result are pickled where there are processes. Raises InputError when one dies."""
-        if self._pool is None:
-            for item in items:
-                yield item, function(argument(item))
-            return
         pending: deque = deque()
         try:
             for item in items:

@@ -210,9 +210,13 @@ def test_what_is_wrong(texts, my_filters, tmp_path):
     failed = message(filter="my_filters:broken")
     assert "--filter my_filters:broken failed on 0.jsonl#" in failed and "ZeroDivisionError" in failed
     assert "gave no bool for 0.jsonl#0" in message(filter="my_filters:score")
-    assert "ZeroDivisionError" in error(
-        [texts], "bytes", tmp_path / "corpus", filters=Filters(filter="my_filters:broken"), workers=2
-    )
+    broken = Filters(filter="my_filters:broken")
+    assert "ZeroDivisionError" in error([texts], "bytes", tmp_path / "corpus", filters=broken, workers=2)
+    # What such a preparation leaves behind is no part of the next.
+    assert (tmp_path / "corpus" / FILTERS_FILE).exists()
+    prepare([texts], "bytes", tmp_path / "corpus", **SMALL)
+    prepare([texts], "bytes", tmp_path / "other", **SMALL)
+    assert tree(tmp_path / "corpus") == tree(tmp_path / "other")
 
 
 def test_command(texts, tmp_path, run_braid):
