@@ -1,8 +1,9 @@
 """Batches for training and validation: which rows, in which order, for which rank.
 
-The only state is how far the run has come, one number for the samples consumed. Global batch k is the same, in the same
-order, whatever the number of data-parallel ranks, micro-batches and workers; a rank takes its contiguous slice of it.
-Nothing here is collective: a rank that needs no tokens builds no loader.
+The only state is how far the run has come: one number for the samples consumed and, where rows of damaged shards are
+left out, how many those were of each source. Global batch k is the same, in the same order, whatever the number of
+data-parallel ranks, micro-batches and workers; a rank takes its contiguous slice of it. Nothing here is collective: a
+rank that needs no tokens builds no loader.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from braid.data_pipeline.mixture import MixedOrder, MixedRows, Stage
 from braid.data_pipeline.order import ShuffledOrder
-from braid.data_pipeline.packing import Packed, Rows
+from braid.data_pipeline.packing import SINGLE, Packed, Rows
 from braid.kernels.errors import BraidError, CheckpointError, ConfigError, DataExhausted, TrainingFailed
 
 STATE_VERSION = 1
+LEFT_OUT, UNIQUE, REPEATED = range(3)
+"""What is counted of each source, over all ranks: rows left out, tokens of its first epoch, tokens of later ones."""
 PREFETCHED = 4  # micro-batches each worker reads ahead
 
 
@@ -54,7 +58,7 @@ class Batch:
         return Batch(*(None if x is None else upload(x, device) for x in tensors))
 
     @classmethod
-    def of_rows(cls, rows: Rows, packed: Packed, ordinals: np.ndarray) -> Batch:
+    def of_rows(cls, rows: Rows | MixedRows, packed: Packed, ordinals: np.ndarray) -> Batch:
         """packed: what `rows.load` returned, b rows; ordinals: int64 [b]."""
         condition = torch.from_numpy(rows.condition(packed.tokens))
         loss_mask, segments = ~condition, None
@@ -78,23 +82,23 @@ class Loader:
     batch of G, cut into micro-batches.
 
     Iterating yields, for each step, the list of this rank's micro-batches (list[Batch]) and goes on from `consumed`,
-    which counts a step in as soon as it is handed out; what workers have read ahead does not count. `num_real` counts
-    the tokens of all ranks so far, padding left out.
+    which counts a step in as soon as it is handed out; what workers have read ahead does not count.
 
-    Rows of damaged shards, where the corpus skips them, are replaced by the rows that follow in the order; ordinals do
-    not move. `position` is then ahead of `consumed` by the rows left out. Every rank checks all shards of the global
-    batch in that case, so that all ranks replace the same rows.
+    Rows of damaged shards, where the corpus skips them, are replaced by the rows that follow in the order of the same
+    source; ordinals do not move. `position` is then ahead of `consumed` by the rows left out. Every rank checks all
+    shards of the global batch in that case, so that all ranks replace the same rows.
 
+    rows and order: `Rows` and their `ShuffledOrder`, or `MixedRows` of several sources and their `MixedOrder`.
     workers: processes that read ahead; 0 reads in this one. A worker that dies raises TrainingFailed within seconds.
 
-    Raises ConfigError when the batch does not divide, DataExhausted when the corpus has fewer rows than a global batch,
-    and while iterating InputError with the name of a missing or damaged shard.
+    Raises ConfigError when the batch does not divide, DataExhausted when a source has fewer rows than a global batch
+    takes of it, and while iterating InputError with the name of a missing or damaged shard.
     """
 
     def __init__(
         self,
-        rows: Rows,
-        order: ShuffledOrder,
+        rows: Rows | MixedRows,
+        order: ShuffledOrder | MixedOrder,
         *,
         global_batch_size: int,
         micro_batch_size: int,
@@ -111,33 +115,45 @@ class Loader:
                 f"{data_size} data-parallel ranks = {micro_batch_size * data_size}",
                 change="make global_batch_size a multiple of micro_batch_size x data-parallel ranks",
             )
-        if len(rows) < global_batch_size:
-            corpus = rows.corpus
-            raise DataExhausted(
-                f"the {corpus.split} split of {corpus.source} has fewer rows than one global batch",
-                found=f"{len(rows)} rows of {rows.sequence_length} tokens, global_batch_size {global_batch_size}",
-                change="use more data, a smaller global_batch_size or a shorter sequence_length",
-            )
         self.rows, self.order, self.workers = rows, order, workers
+        self._parts = list(rows.parts.values())
+        self._mixture = order if isinstance(order, MixedOrder) else MixedOrder.of_one(SINGLE, order)
+        assert self._mixture.names == list(rows.parts), (self._mixture.names, list(rows.parts))
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
-        self.consumed = self.position = consumed
-        self.num_real = consumed * rows.sequence_length
+        self._check_sizes()
+        self.consumed = consumed
+        self._counts = self._counts_at(consumed)
+        self._skips = any(part.corpus.damaged == "skip" for part in self._parts)
         self._first = data_rank * global_batch_size // data_size
         self._stop = (data_rank + 1) * global_batch_size // data_size
 
+    @property
+    def position(self) -> int:
+        """How many rows the run has come past: those consumed and those left out."""
+        return self.consumed + int(self._counts[:, LEFT_OUT].sum())
+
+    @property
+    def num_real(self) -> int:
+        """The tokens of all ranks so far, padding left out."""
+        return int(self._counts[:, [UNIQUE, REPEATED]].sum())
+
     def __iter__(self) -> Iterator[list[Batch]]:
         num_micro_batches = (self._stop - self._first) // self.micro_batch_size
-        planned: deque[tuple[int, int]] = deque()  # where each step, perhaps only read ahead, ends; its real tokens
-        ahead = self.rows.corpus.fetching_ahead(self.order.window)
+        planned: deque[np.ndarray] = deque()  # the counts after each step, perhaps one that is only read ahead
+        fetching = [(number, part.corpus.fetching_ahead(self.order.window)) for number, part in enumerate(self._parts)]
+        ahead = {number: threads for number, threads in fetching if threads is not None}
 
         def requests() -> Iterator[np.ndarray]:
-            position, wanted = self.position, []
+            consumed, counts, wanted = self.consumed, self._counts, {}
             while True:
-                if ahead and (coming := self._coming_shards(position)) != wanted:
-                    wanted = coming
-                    ahead.want(wanted)
-                indices, position = self._plan_step(position)
-                planned.append((position, self.rows.num_real(indices)))
+                for number, threads in ahead.items():
+                    position = int(self._mixture.given(consumed)[number] + counts[number, LEFT_OUT])
+                    if (coming := self._coming_shards(number, position)) != wanted.get(number):
+                        wanted[number] = coming
+                        threads.want(coming)
+                indices, counts = self._plan_step(consumed, counts)
+                consumed += self.global_batch_size
+                planned.append(counts)
                 mine = indices[self._first : self._stop]
                 yield from mine.reshape(num_micro_batches, -1)
 
@@ -151,71 +167,160 @@ class Loader:
                 parts = ordinals.reshape(num_micro_batches, -1)
                 step = [Batch.of_rows(self.rows, next(packed), part) for part in parts]
                 self.consumed += self.global_batch_size
-                self.position, num_real = planned.popleft()
-                self.num_real += num_real
+                self._counts = planned.popleft()
                 yield step
         finally:
-            if ahead:
-                ahead.close()
+            for threads in ahead.values():
+                threads.close()
 
-    def _coming_shards(self, position: int) -> list[int]:
-        """The shards that the rows of this window and the next are read from. A row may reach into the shard that
-        follows its own."""
-        last = len(self.rows.rows_per_shard) - 1
-        windows = self.order.coming_shards(position)
+    def _coming_shards(self, source: int, position: int) -> list[int]:
+        """The shards of a source that the rows of this window and the next are read from. A row may reach into the
+        shard that follows its own."""
+        last = len(self._parts[source].rows_per_shard) - 1
+        windows = self._mixture.coming_shards(source, position)
         read = (k for shards in windows for k in (*shards, *(min(shard + 1, last) for shard in shards)))
         return list(dict.fromkeys(read))
 
     def state_dict(self) -> dict:
-        """What a run needs to go on, whatever its layout then, and what must not have changed meanwhile."""
-        padded = {"num_real": self.num_real} if self.rows.table_hash else {}
-        return {"consumed": self.consumed, "position": self.position, **padded, **self._identity()}
+        """What a run needs to go on, whatever its layout then, and what must not have changed meanwhile.
 
-    def load_state_dict(self, state: dict) -> None:
-        """Go on where `state` was taken. Raises CheckpointError when the corpus, the rows or the order differ."""
-        for name, ours in self._identity().items():
-            if state.get(name) != ours:
+        A mixture's has its fingerprints by source, and the stages it went through, see `MixedOrder.continue_from`.
+        Where rows are padded or were left out: `counts`, source -> LEFT_OUT, UNIQUE and REPEATED.
+        """
+        state = {"consumed": self.consumed, "position": self.position, **self._identity()}
+        if isinstance(self.order, MixedOrder):
+            state["stages"] = [
+                {"first": stage.first, "shares": stage.shares} for stage in self.order.begun(self.consumed)
+            ]
+        if self.rows.table_hash or self._counts[:, LEFT_OUT].any():
+            state["counts"] = dict(zip(self._mixture.names, self._counts.tolist(), strict=True))
+        return state
+
+    def load_state_dict(self, state: dict) -> bool:
+        """Go on where `state` was taken. Raises CheckpointError when a corpus, the rows or the order differ; a mixture
+        may have got other weights, and sources it did not have. Returns whether they begin a new stage here."""
+        ours = self._identity()
+        mixed = isinstance(self.order, MixedOrder) and isinstance(state.get("fingerprint"), dict)
+        if mixed:  # what is gone or new among the sources is the order's to judge
+            common = state["fingerprint"].keys() & ours["fingerprint"].keys()
+            for by_source in (state := dict(state)), ours:
+                for name in ("fingerprint", "rows"):
+                    if isinstance(by_source.get(name), dict):
+                        by_source[name] = {source: by_source[name].get(source) for source in sorted(common)}
+        for name, value in ours.items():
+            if state.get(name) != value:
                 raise CheckpointError(
                     f"the checkpoint's data cannot be continued: {name} differs",
-                    found=f"checkpoint {state.get(name)}, this run {ours}",
+                    found=f"checkpoint {state.get(name)}, this run {value}",
                     change="use the checkpoint's corpus and data settings, or start afresh",
                 )
-        self.consumed, self.position = state["consumed"], state["position"]
-        self.num_real = state.get("num_real", self.consumed * self.rows.sequence_length)
+        changed = mixed and self.order.continue_from([Stage(**each) for each in state["stages"]], state["consumed"])
+        counts = state.get("counts", {})
+        passed = state["position"] - state["consumed"] if not counts else 0  # earlier versions counted nothing else
+        self._counts = self._counts_at(state["consumed"], passed)
+        for number, name in enumerate(self._mixture.names):
+            self._counts[number] = counts.get(name, self._counts[number])
+        self.consumed = state["consumed"]
+        return changed
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """What part of the samples comes from each source now, 0 from some."""
+        return dict.fromkeys(self._mixture.names, 0.0) | self._mixture.stage(self.consumed).fractions
+
+    def bookkeeping(self) -> dict:
+        """What the run has eaten so far, as it stands in metrics.jsonl.
+
+        unique_tokens: of the samples that came in the first epoch of their source; repeated_tokens: of all others;
+        padding is none. epoch: how often the source was gone through, a fraction included. A mixture has these by
+        source as well, with its tokens_seen, its weight now, and left_out, the rows it lost to damaged shards.
+        """
+        given, shares = self._mixture.given(self.consumed), self.shares
+        sources = {}
+        for number, (name, part) in enumerate(self.rows.parts.items()):
+            left_out, unique, repeated = self._counts[number].tolist()
+            sources[name] = {
+                "weight": shares[name],
+                "tokens_seen": unique + repeated,
+                "unique_tokens": unique,
+                "repeated_tokens": repeated,
+                "epoch": (int(given[number]) + left_out) / len(part),
+                "left_out": left_out,
+            }
+        if not isinstance(self.order, MixedOrder):
+            return {name: sources[SINGLE][name] for name in ("unique_tokens", "repeated_tokens", "epoch")}
+        unique, repeated = self._counts[:, UNIQUE].sum(), self._counts[:, REPEATED].sum()
+        return {"unique_tokens": int(unique), "repeated_tokens": int(repeated), "sources": sources}
+
+    def _counts_at(self, consumed: int, left_out: int = 0) -> np.ndarray:
+        """The counts of a run without padding; `left_out`: rows of a single source."""
+        given, sizes = self._mixture.given(consumed), np.array([len(part) for part in self._parts])
+        unique = np.minimum(given, sizes - left_out)
+        length = self.rows.sequence_length
+        return np.stack([np.full_like(given, left_out), unique * length, (given - unique) * length], 1)
 
     def _identity(self) -> dict:
+        fingerprints = {name: part.corpus.fingerprint for name, part in self.rows.parts.items()}
         return {
             "version": STATE_VERSION,
             "seed": self.order.seed,
             "window": self.order.window,
-            "fingerprint": self.rows.corpus.fingerprint,
+            "fingerprint": fingerprints if isinstance(self.order, MixedOrder) else fingerprints[SINGLE],
             "sequence_length": self.rows.sequence_length,
             "packing": self.rows.packing,
             **({"rows": self.rows.table_hash} if self.rows.table_hash else {}),
         }
 
-    def _plan_step(self, position: int) -> tuple[np.ndarray, int]:
-        """Row indices of the global batch that starts at `position`, and the position where it ends."""
-        if self.rows.corpus.damaged == "stop":
-            stop = position + self.global_batch_size
-            return self.order.span(position, stop), stop
-        kept: list[int] = []
-        num_left_out = 0
-        while len(kept) < self.global_batch_size:
-            row = self.order[position]
-            position += 1
-            if not self.rows.is_left_out(row):
-                kept.append(row)
-                num_left_out = 0
-                continue
-            num_left_out += 1
-            if num_left_out == 2 * len(self.rows):  # a whole epoch lies in between, wherever the first of them was
+    def _check_sizes(self) -> None:
+        for name, part in self.rows.parts.items():
+            share = max(stage.fraction(name) for stage in self._mixture.stages)
+            taken = -(-share * self.global_batch_size // 1)
+            if len(part) < taken:
+                several = len(self.rows.parts) > 1
                 raise DataExhausted(
-                    f"every shard of the {self.rows.corpus.split} split is missing or damaged",
-                    found=f"{self.rows.corpus.source}, ledger {self.rows.corpus.ledger}",
-                    change="copy the corpus again or prepare it again",
+                    f"the {part.corpus.split} split of {part.corpus.source} has fewer rows than one global batch"
+                    + (" takes of it" if several else ""),
+                    found=f"{len(part)} rows of {part.sequence_length} tokens, global_batch_size "
+                    f"{self.global_batch_size}" + (f", of which source {name} gives {taken}" if several else ""),
+                    change="use more data, a smaller global_batch_size or a shorter sequence_length"
+                    + (", or lower its weight" if several else ""),
                 )
-        return np.array(kept), position
+
+    def _plan_step(self, consumed: int, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Row indices of the global batch after `consumed` samples, and the counts after it, where `counts` are those
+        before."""
+        mixture, counts = self._mixture, counts.copy()
+        sources, positions = mixture.places(consumed, consumed + self.global_batch_size, counts[:, LEFT_OUT])
+        if self._skips:
+            positions = self._past_damage(sources, positions)
+            given = mixture.given(consumed + self.global_batch_size)
+            for number, mine in mixture.of_each(sources):
+                counts[number, LEFT_OUT] = positions[mine][-1] + 1 - given[number]
+        indices = mixture.rows(sources, positions)
+        for number, mine in mixture.of_each(sources):
+            part, rows = self._parts[number], indices[mine] - mixture.first_rows[number]
+            in_first_epoch = int(positions[mine].searchsorted(len(part)))
+            counts[number, UNIQUE] += part.num_real(rows[:in_first_epoch])
+            counts[number, REPEATED] += part.num_real(rows[in_first_epoch:])
+        return indices, counts
+
+    def _past_damage(self, sources: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """`positions` in the orders of `sources`, each moved on to the next row that is not left out and not taken."""
+        moved, ahead = [], [0] * len(self._mixture.names)
+        for source, position in zip(sources.tolist(), positions.tolist(), strict=True):
+            begin = position = position + ahead[source]
+            part = self._parts[source]
+            while self.rows.is_left_out(self._mixture.row(source, position)):
+                position += 1
+                if position - begin == 2 * len(part):  # a whole epoch lies in between, wherever the first of them was
+                    raise DataExhausted(
+                        f"every shard of the {part.corpus.split} split is missing or damaged",
+                        found=f"{part.corpus.source}, ledger {part.corpus.ledger}",
+                        change="copy the corpus again or prepare it again",
+                    )
+            ahead[source] += position - begin
+            moved.append(position)
+        return np.array(moved)
 
 
 def spread(num_rows: int, num_chosen: int) -> np.ndarray:

@@ -73,7 +73,7 @@ class ShuffledOrder:
         """The shards in the order of this epoch, and the position within it at which each window starts."""
         shards = permutation(self.seed, "shards", epoch, n=len(self._sizes))
         sizes = np.add.reduceat(self._sizes[shards], np.arange(0, len(shards), self.window))
-        _remember(self._epochs, epoch, (shards, [0, *np.cumsum(sizes)[:-1].tolist()]))
+        remember(self._epochs, epoch, (shards, [0, *np.cumsum(sizes)[:-1].tolist()]))
         return self._epochs[epoch]
 
     def _shuffle_window(self, epoch: int, window: int) -> np.ndarray:
@@ -81,11 +81,11 @@ class ShuffledOrder:
         shards = shards[window * self.window : (window + 1) * self.window]
         rows = np.concatenate([self._first_rows[s] + np.arange(self._sizes[s]) for s in shards])
         rows = rows[permutation(self.seed, "rows", epoch, window, n=len(rows))]
-        _remember(self._windows, (epoch, window), rows)
+        remember(self._windows, (epoch, window), rows)
         return rows
 
 
-def _remember(cache: dict, key: object, value: object) -> None:
+def remember(cache: dict, key: object, value: object) -> None:
     """Keep the newest two: a global batch may reach back over the edge of a window or an epoch."""
     while len(cache) >= 2:
         del cache[next(iter(cache))]

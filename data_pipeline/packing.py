@@ -35,6 +35,10 @@ STYLES = {
 }
 
 
+SINGLE = "corpus"
+"""What the source of a run is called that has only one."""
+
+
 class Packed(NamedTuple):
     """Rows as they are read."""
 
@@ -115,6 +119,11 @@ class Rows:
 
     def __len__(self) -> int:
         return self._cuts.num_rows
+
+    @property
+    def parts(self) -> dict[str, Rows]:
+        """The sources these rows come from."""
+        return {SINGLE: self}
 
     @property
     def about_oversized(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from dataclasses import fields as dataclass_fields
 from importlib.metadata import version
 from itertools import chain
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from braid.data_pipeline.mixture import Stage
 from braid.data_pipeline.tokenizers import Tokenizer, load_tokenizer
 from braid.kernels.errors import CheckpointError
 from braid.kernels.random import CONTRACT_VERSION
@@ -39,6 +40,7 @@ UNMENTIONED = (
     "run.dir",
     "run.threads",
     "data.path",
+    "data.sources",
     "data.workers",
     "data.cache",
     "data.retries",
@@ -201,6 +203,8 @@ class LoadedModel:
     tokenizer: Tokenizer
     step: int
     path: Path
+    shares: dict[str, float] = field(default_factory=dict)
+    """Of a run on a mixture: what part of the samples each source gave when the checkpoint was saved."""
 
 
 def load_model(path: Path, device: torch.device, *, use_ema: bool = True) -> LoadedModel:
@@ -227,7 +231,9 @@ def load_model(path: Path, device: torch.device, *, use_ema: bool = True) -> Loa
         )
     objective.begin_step(state["step"], config.training.steps)
     objective.eval()
-    return LoadedModel(config, objective, tokenizer, state["step"], path)
+    stages = state.get("loader", {}).get("stages")
+    shares = Stage(**stages[-1]).fractions if stages else {}
+    return LoadedModel(config, objective, tokenizer, state["step"], path, shares)
 
 
 def find_checkpoint(path: Path, groups: Collection[str] | None = None, *, damaged: bool = False) -> Path:

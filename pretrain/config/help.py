@@ -8,9 +8,9 @@ import inspect
 import textwrap
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
-from typing import get_type_hints
+from typing import get_args, get_origin, get_type_hints
 
-from braid.pretrain.config.load import recipe_path
+from braid.pretrain.config.load import entry_form, recipe_path
 from braid.pretrain.config.objectives import OBJECTIVES
 from braid.pretrain.config.schema import Config
 
@@ -66,15 +66,25 @@ def _describe(cls: type, path: str) -> Iterator[str]:
         if is_dataclass(kind):
             yield from _describe(kind, name)
             continue
-        assert field.default is not MISSING, f"{name} has no default"
-        yield f"  {name}: {kind.__name__} = {_show(field.default)}"
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        assert default is not MISSING, f"{name} has no default"
+        yield f"  {name}: {_kind(kind)} = {_show(default)}"
         indent = " " * 6
         text = field_docstrings(cls)[field.name]
         yield from textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent)
+
+
+def _kind(kind: type) -> str:
+    """A type as a value of it is written in a recipe."""
+    if get_origin(kind) is dict:
+        return f"{{name: {get_args(kind)[1].__name__}, ...}}"
+    return f"[{entry_form(get_args(kind)[0])}, ...]" if get_origin(kind) is tuple else kind.__name__
 
 
 def _show(value: object) -> str:
     """A default as it is written in a recipe."""
     if isinstance(value, str):
         return value or '""'
+    if isinstance(value, tuple):
+        return str(list(value))
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -4,6 +4,8 @@ A recipe is a YAML file, or the name of one in `pretrain/recipes`. A value is ta
 
     defaults in schema.py  <  the recipe named by `inherit:`  <  the recipe  <  overrides `a.b=value`, left to right
 
+Mappings of names (`data.sources`) are sections too: what a later one does not name stays. Lists are replaced whole.
+
 The type of a field says how its text is read; YAML 1.1's guesses play no part. So `lr: 1e-3` is a number,
 `telemetry.wandb=off` is the word "off", `steps: 010` is ten, and `steps: 1.5` or `compile: 1` is an error.
 
@@ -18,6 +20,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+import types
 import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -207,7 +210,8 @@ def _fields(cls: type, objective: str) -> dict[str, type]:
     """Name -> type of the fields of a section. The objective's union becomes the class that its name stands for."""
     hints = typing.get_type_hints(cls)
     kinds = {field.name: hints[field.name] for field in fields(cls)}
-    return {name: OBJECTIVES.get(objective, dict) if typing.get_args(kind) else kind for name, kind in kinds.items()}
+    is_union = {name: typing.get_origin(kind) in (typing.Union, types.UnionType) for name, kind in kinds.items()}
+    return {name: OBJECTIVES.get(objective, dict) if is_union[name] else kind for name, kind in kinds.items()}
 
 
 @dataclass
@@ -220,7 +224,7 @@ class _Reader:
 
     def section(self, node: yaml.Node, cls: type, path: str) -> dict:
         """Values of the known, well-typed fields of one section, sections nested."""
-        if isinstance(node, yaml.ScalarNode) and not node.value and node.style is None:
+        if _is_nothing(node):
             return {}  # `training:` with every line below it commented out
         if not isinstance(node, yaml.MappingNode):
             example = f"{path}.{next(iter(_fields(cls, '')))}=..."
@@ -248,6 +252,10 @@ class _Reader:
     def value(self, node: yaml.Node, kind: type, path: str) -> object:
         if node.tag not in _YAML_TAGS:
             self.problem(f"{path}: YAML tags other than the standard ones are not allowed", node, f"remove {node.tag}")
+        elif typing.get_origin(kind) is dict:
+            return self.mapping(node, typing.get_args(kind)[1], path)
+        elif typing.get_origin(kind) is tuple:
+            return self.entries(node, typing.get_args(kind)[0], path)
         elif not isinstance(node, yaml.ScalarNode):
             self.problem(f"{path} takes {TYPE_NAMES[kind]} ({kind.__name__})", node, "write a single value")
         else:
@@ -256,6 +264,37 @@ class _Reader:
             except ValueError as error:
                 self.problem(f"{path} takes {TYPE_NAMES[kind]} ({kind.__name__})", node, str(error))
         return None
+
+    def mapping(self, node: yaml.Node, kind: type, path: str) -> dict:
+        """Name -> value of one kind."""
+        if not isinstance(node, yaml.MappingNode):
+            if not _is_nothing(node):
+                self.problem(
+                    f"{path} maps names to values", node, f"for example {path}.NAME=... or {path}={{NAME: ...}}"
+                )
+            return {}
+        values = {}
+        for key_node, value_node in node.value:
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else _describe(key_node)
+            if key in values:
+                self.problem(f"{path}.{key} is set twice", key_node, "remove one of the two")
+            values[key] = self.value(value_node, kind, f"{path}.{key}")
+        return values
+
+    def entries(self, node: yaml.Node, cls: type, path: str) -> tuple:
+        """A list of sections, each with all of its fields."""
+        if not isinstance(node, yaml.SequenceNode):
+            if not _is_nothing(node):
+                self.problem(f"{path} takes a list", node, f"for example {path}='[{entry_form(cls)}]'")
+            return ()
+        entries = []
+        for number, entry in enumerate(node.value):
+            values = self.section(entry, cls, f"{path}[{number}]")
+            missing = [name for name in _fields(cls, "") if name not in values]
+            if missing and isinstance(entry, yaml.MappingNode):
+                self.problem(f"{path}[{number}] lacks {listed(missing, 'and')}", entry, f"write {entry_form(cls)}")
+            entries.append(None if missing else cls(**values))
+        return tuple(entries)
 
     def problem(self, what: str, node: yaml.Node, change: str) -> None:
         self.problems.append(Problem(what, f"{_describe(node)} ({self.source.place(node)})", change))
@@ -287,6 +326,15 @@ class _Reader:
             change = f"did you mean {listed(alike)}? " if alike else ""
             what = f"there is no objective {self.objective!r}"
             self.problem(what, names[-1], f"{change}The objectives are {listed(OBJECTIVES, 'and')}")
+
+
+def entry_form(cls: type) -> str:
+    """How an entry of a list is written."""
+    return "{" + ", ".join(f"{name}: ..." for name in _fields(cls, "")) + "}"
+
+
+def _is_nothing(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode) and not node.value and node.style is None
 
 
 def _parse(text: str, quoted: bool, kind: type) -> object:

@@ -33,12 +33,36 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """From some sample of the run on, the sources of a mixture have other weights."""
+
+    from_sample: int
+    """The first sample of the stage, counted from 0 over the whole run: steps x training.global_batch_size."""
+    weights: dict[str, float]
+    """As data.weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The prepared corpus (see `braid prepare`) and how rows are cut from it."""
+    """The prepared corpus (see `braid prepare`) or several of them, and how rows are cut from them."""
 
     path: str = "data/embedded"
     """Folder written by `braid prepare`; it holds `train/`, `validation/` and `tokenizer/`. Or the URL of a copy in a
     store: s3://, gs://, hf://, http://, https://, file://. Its shards are fetched before they are read."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """A mixture of corpora in place of `path`: name -> folder or URL, all prepared with the same tokenizer. Each sample
+    comes from one source, and each source gives every row once per epoch of its own. An encoder that is made from the
+    corpus is made from the first. `data.sources.web=data/web` adds or replaces one."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """How the sources share the samples: name -> any number from 0. Samples are dealt exactly: after n of them each
+    source has given its share to within one at the end of a block (of 256, or more where a share is smaller). None:
+    in proportion to the rows of the sources, so that their epochs end together. Where a run is resumed with other
+    weights, a new stage begins there."""
+    temperature: float = 1.0
+    """Shares are proportional to weight^(1/T), of the weights given or of the numbers of rows, in every stage: above
+    1 the small sources give more."""
+    stages: tuple[StageConfig, ...] = ()
+    """A curriculum: later weights, in order, for example `[{from_sample: 100000, weights: {web: 1, code: 3}}]`."""
     sequence_length: int = 128
     """Tokens in a row, special tokens included."""
     packing: str = "wrap"
@@ -66,6 +90,11 @@ class DataConfig:
     """Attempts after the first to fetch a file of a URL, with growing pauses in between."""
     timeout_s: float = 300.0
     """Seconds to fetch one, all attempts together; an attempt that is silent for its share of them is given up."""
+
+    @property
+    def folders(self) -> list[str]:
+        """The corpora of the run."""
+        return list(self.sources.values()) or [self.path]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ chosen options would ignore is a problem too.
 from __future__ import annotations
 
 import math
+import re
 
 from braid.kernels.errors import ConfigError
 from braid.parallel.plan_check import check_plan
@@ -15,9 +16,9 @@ from braid.pretrain.config.accelerators import check_accelerators
 from braid.pretrain.config.check import Check
 from braid.pretrain.config.objectives import CHECKS, OBJECTIVES
 from braid.pretrain.config.packing import DOCUMENT_PACKINGS, check_packing
-from braid.pretrain.config.problem import Problem, configuration_error, listed
+from braid.pretrain.config.problem import Problem, configuration_error, listed, nearest
 from braid.pretrain.config.sampling import check_sampling
-from braid.pretrain.config.schema import Config, ModelConfig, OptimizerConfig, TrainingConfig
+from braid.pretrain.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from braid.pretrain.planning.facts import plan_facts
 
 SEEDS = range(2**64)
@@ -69,7 +70,9 @@ def _run_and_data(check: Check, config: Config) -> None:
     check.one_of("run.device", run.device, ("auto", "cpu", "cuda"))
     check.one_of("run.precision", run.precision, ("fp32", "bf16"))
     check.at_least("run.threads", run.threads, 0)
-    check.filled("data.path", data.path)
+    if not data.sources:
+        check.filled("data.path", data.path)
+    _mixture(check, data, config.training)
     check.one_of("data.packing", data.packing, SHORTEST_ROW)
     shortest = SHORTEST_ROW.get(data.packing, min(SHORTEST_ROW.values()))
     if not data.sequence_length >= shortest:
@@ -90,6 +93,52 @@ def _run_and_data(check: Check, config: Config) -> None:
     check.at_least("data.cache_gb", data.cache_gb, 0)
     check.at_least("data.retries", data.retries, 0)
     check.positive("data.timeout_s", data.timeout_s)
+
+
+def _mixture(check: Check, data: DataConfig, training: TrainingConfig) -> None:
+    """Sources, their weights and the stages of a curriculum."""
+    if not data.sources:
+        for name in ("weights", "temperature", "stages"):
+            if getattr(data, name) != getattr(DataConfig(), name):
+                found = f"data.{name} = {getattr(data, name)}, data.sources is empty"
+                check.add(f"data.{name} is ignored: the run has one corpus", found, "name several in data.sources")
+        return
+    for name, folder in data.sources.items():
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            check.add(f"data.sources: {name!r} is no name", change="use letters, digits, `-` and `_`")
+        check.filled(f"data.sources.{name}", folder)
+        twins = [other for other, path in data.sources.items() if path == folder and folder.strip()]
+        if twins[:1] == [name] and len(twins) > 1:
+            check.add(f"the sources {listed(twins, 'and')} are one folder", folder, "name it once, with their weights")
+    check.positive("data.temperature", data.temperature)
+    if data.weights:
+        _weights(check, "data.weights", data.weights, data)
+    before = 0
+    for number, stage in enumerate(data.stages):
+        path = f"data.stages[{number}]"
+        if stage.from_sample <= before:
+            change = "write stages in the order in which they begin; data.weights hold from sample 0"
+            check.add(f"{path} is out of order", f"from_sample {stage.from_sample}, after {before}", change)
+        before = max(before, stage.from_sample)
+        _weights(check, f"{path}.weights", stage.weights, data)
+    samples = training.steps * training.global_batch_size
+    if data.stages and before >= samples >= 1:
+        found = f"it begins at sample {before}, training.steps x training.global_batch_size = {samples}"
+        check.add("the last of data.stages would never begin", found, "train longer, or leave the stage out")
+
+
+def _weights(check: Check, path: str, weights: dict[str, float], data: DataConfig) -> None:
+    for name in weights.keys() - data.sources.keys():
+        alike = nearest(name, data.sources, count=1)
+        change = f"did you mean {alike[0]}?" if alike else f"the sources are {listed(data.sources, 'and')}"
+        check.add(f"{path}.{name} is the weight of no source", f"{weights[name]}", change)
+    for name in data.sources.keys() - weights.keys():
+        change = f"for example {name}: 1, or 0 for none of its samples"
+        check.add(f"{path} has no weight for source {name}", f"weights of {listed(weights, 'and')}", change)
+    if all([check.at_least(f"{path}.{name}", weight, 0) for name, weight in weights.items()]) and not any(
+        weights.values()
+    ):
+        check.add(f"{path} adds up to nothing", f"{weights}", "give at least one source a weight above 0")
 
 
 def _model(check: Check, model: ModelConfig) -> None:

@@ -19,6 +19,8 @@ from braid.pretrain.objectives.base import Figure, Noise, Objective
 
 ROWS_AT_A_TIME = 1024
 """When a whole split is read to count its tokens."""
+ROW_BY_ROW = ("sums", "tokens", "num_bytes")
+"""Fields of an estimate that are not reported."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,12 @@ class Estimate:
     """Sum over the scored tokens of each row, float64 [n]."""
     tokens: np.ndarray = field(repr=False)
     """Scored tokens of each row, float64 [n]."""
+    num_bytes: np.ndarray = field(repr=False)
+    """Original bytes of what is scored of each row, float64 [n]."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able, without the rows; what does not exist (an error from one row, an overflow) is null."""
-        return finite({f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("sums", "tokens")})
+        return finite({f.name: getattr(self, f.name) for f in fields(self) if f.name not in ROW_BY_ROW})
 
 
 def finite(values: dict[str, Any]) -> dict[str, Any]:
@@ -58,10 +62,16 @@ def finite(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def ratio(numerators: np.ndarray, denominators: np.ndarray) -> tuple[float, float]:
-    """Ratio of the sums and its standard error over the n rows (ratio estimator; NaN for one row)."""
+def ratio(numerators: np.ndarray, denominators: np.ndarray, strata: Sequence[int] | None = None) -> tuple[float, float]:
+    """Ratio of the sums and its standard error over the n rows (ratio estimator; NaN for one row).
+
+    strata: sizes of groups, one after the other, of which each was sampled by itself (NaN where one has one row)."""
     value, n = numerators.sum() / denominators.sum(), len(numerators)
     residual = numerators - value * denominators
+    if strata is not None:
+        groups = np.split(residual, np.cumsum(strata)[:-1])
+        variance = sum(len(group) * group.var(ddof=1) if len(group) > 1 else math.nan for group in groups)
+        return float(value), math.sqrt(variance) / float(denominators.sum())
     error = math.sqrt(n / (n - 1) * (residual**2).sum()) / denominators.sum() if n > 1 else math.nan
     return float(value), float(error)
 
@@ -73,13 +83,15 @@ def mean_and_error(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     return mean, float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
-def estimate(sums: np.ndarray, tokens: np.ndarray, num_bytes: np.ndarray, figure: Figure) -> Estimate:
-    """From sums, token counts and original bytes of each scored row, float64 [n]."""
+def estimate(
+    sums: np.ndarray, tokens: np.ndarray, num_bytes: np.ndarray, figure: Figure, strata: Sequence[int] | None = None
+) -> Estimate:
+    """From sums, token counts and original bytes of each scored row, float64 [n]; strata: see `ratio`."""
     assert figure.unit in ("nats", "value") and not (figure.unit == "value" and figure.is_bound), figure
-    value, error = ratio(sums, tokens)
+    value, error = ratio(sums, tokens, strata)
     bits, bits_error, perplexity = None, None, None
     if figure.unit == "nats":
-        bits, bits_error = ratio(sums / math.log(2), num_bytes)
+        bits, bits_error = ratio(sums / math.log(2), num_bytes, strata)
         perplexity = math.exp(value) if value < 700 else math.inf  # beyond, float64 overflows
     return Estimate(
         name=figure.name,
@@ -94,6 +106,7 @@ def estimate(sums: np.ndarray, tokens: np.ndarray, num_bytes: np.ndarray, figure
         note=figure.note,
         sums=sums,
         tokens=tokens,
+        num_bytes=num_bytes,
     )
 
 

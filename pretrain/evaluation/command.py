@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .table import format_table
 
 if TYPE_CHECKING:
+    from braid.data_pipeline.mixture import MixedRows
     from braid.data_pipeline.packing import Rows
     from braid.pretrain.checkpoint.snapshot import LoadedModel
     from braid.pretrain.config.schema import SamplingConfig
@@ -50,11 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--data", metavar="CORPUS", action="append",
-        help="prepared corpus, a folder or URL; default: the one the run was trained on. Repeat it to score several, "
-        "each prepared with the model's tokenizer; samples are compared with the first",
+        help="prepared corpus, a folder or URL; default: the one the run was trained on, or all sources of a mixture, "
+        "each by itself and together in the shares they have in training. Repeat it to score several, each prepared "
+        "with the model's tokenizer; samples are compared with the first",
     )  # fmt: skip
     parser.add_argument("--split", default="validation", choices=["validation", "train"], help="default validation")
-    parser.add_argument("--sequences", type=int, help="rows scored, spread over the split; default: all")
+    parser.add_argument("--sequences", type=int, help="rows scored of a corpus, spread over it; default: all")
     parser.add_argument("--draws", type=int, help="Monte-Carlo draws per row; default 4")
     parser.add_argument("--samples", type=int, help="samples drawn, or pairs answered; default 16")
     parser.add_argument(
@@ -119,18 +121,21 @@ def _kept(file: Path, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Estimate]]:
-    """The result as a JSON-able dictionary (the contract of evaluation.json), and the first corpus's estimates.
+    """The result as a JSON-able dictionary (the contract of evaluation.json), and the estimates of what is on top.
 
-    `corpora` has an entry for each corpus; the first one's fields are on top as well. Each with the metric of its name:
+    `corpora` has an entry for each corpus; the first one's fields are on top as well. Of a run on a mixture these are
+    its sources, and on top is the mixture, see mixture.mixture_of. Each with the metric of its name:
     `samples`, `generative` (entries for the corpus's own rows, each file and each number of steps; and `judge`),
     `conditional` (an entry for each number of steps).
     """
+    from braid.data_pipeline.mixture import MixedRows
     from braid.kernels.errors import ConfigError
     from braid.parallel.data_parallel import pick_device
     from braid.pretrain.checkpoint.snapshot import load_model
     from braid.pretrain.training.precision import prepare_process
 
     from .judge import load_judge
+    from .mixture import mixture_of
 
     metrics = _check(args)
     args = argparse.Namespace(**vars(args) | {name: getattr(args, name) or n for name, n in DEFAULTS.items()})
@@ -145,8 +150,10 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Estimate]]:
             found=f"--sample-steps {args.sample_steps}",
             change="give one, or --metrics generative, which prints the entropy for each",
         )
-    folders = args.data or [config.data.path]
+    sources = {} if args.data else config.data.sources
+    folders = args.data or config.data.folders
     corpora = [_rows(folder, args.split, model) for folder in folders]
+    compared = MixedRows(dict(zip(sources, corpora, strict=True))) if sources else corpora[0]
     judge = None
     if "generative" in metrics:  # a judge that cannot be loaded should be known before hours of scoring
         precision = args.judge_precision or "fp32"
@@ -163,9 +170,16 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Estimate]]:
     }
     scored = [_score(args, metrics, model, rows) for rows in corpora]
     result["corpora"] = [corpus for corpus, _ in scored]
-    result |= result["corpora"][0]
+    on_top, estimates = scored[0]
+    if sources:
+        named = dict(zip(sources, scored, strict=True))
+        on_top, estimates = mixture_of(
+            {name: entry for name, (entry, _) in named.items()}, {name: each for name, (_, each) in named.items()},
+            model.shares,
+        )  # fmt: skip
+    result |= on_top
     if "conditional" in metrics:
-        result["conditional"] = [_answer(args, model, corpora[0], each) for each in steps]
+        result["conditional"] = [_answer(args, model, compared, each) for each in steps]
     drawn = {}
     if "entropy" in metrics or ("generative" in metrics and (args.sample_steps or not args.samples_file)):
         drawn = {each: _draw(args, model, each) for each in steps}
@@ -173,8 +187,8 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Estimate]]:
         result["samples"] = {**_entropy(drawn[steps[0]]), "sampler": _sampler(model, steps[0])}
     if judge is not None:
         result["judge"] = judge.as_dict()
-        result["generative"] = _generative(args, model, corpora[0], drawn, judge)
-    return result, scored[0][1]
+        result["generative"] = _generative(args, model, compared, drawn, judge)
+    return result, estimates
 
 
 def _check(args: argparse.Namespace) -> list[str]:
@@ -327,7 +341,7 @@ def _entropy(samples: Samples) -> dict[str, Any]:
 
 
 def _generative(
-    args: argparse.Namespace, model: LoadedModel, rows: Rows, drawn: dict[int | None, Samples], judge: Judge
+    args: argparse.Namespace, model: LoadedModel, rows: Rows | MixedRows, drawn: dict[int | None, Samples], judge: Judge
 ) -> list[dict[str, Any]]:
     """An entry for real text first, then for each file and each number of steps."""
     from .bound import mean_and_error
@@ -351,7 +365,7 @@ def _generative(
     return [{"name": name, **measure(texts, judged(name, texts), reference)} for name, texts in sets]
 
 
-def _answer(args: argparse.Namespace, model: LoadedModel, rows: Rows, steps: int | None) -> dict[str, Any]:
+def _answer(args: argparse.Namespace, model: LoadedModel, rows: Rows | MixedRows, steps: int | None) -> dict[str, Any]:
     from .conditional import answer_rows, measure_answers
 
     answers = answer_rows(

@@ -23,7 +23,7 @@ def format_table(result: dict[str, Any]) -> str:
         f"{result['objective']}, step {result['checkpoint_step']}, {result['weights']} weights, "
         f"{result['draws']} draws, {result['dtype']}"
     ]
-    for corpus in result["corpora"]:
+    for corpus in [*([result] if "shares" in result else []), *result["corpora"]]:
         lines += _corpus(corpus, result)
     if "samples" in result:
         samples = result["samples"]

@@ -31,7 +31,7 @@ class VocabularySize:
 
 def find_vocabulary(config: Config, given: str = "") -> VocabularySize:
     """`given` (a number, or a name of VOCABULARIES), else the prepared corpus's tokenizer, else a name of VOCABULARIES
-    that is a word of data.path. ConfigError where none of them says."""
+    that is a word of its folder's name. ConfigError where none of them says."""
     names = ", ".join(VOCABULARIES)
     if given.isdecimal() and int(given) > 1:
         return VocabularySize(int(given), "as given")
@@ -41,15 +41,16 @@ def find_vocabulary(config: Config, given: str = "") -> VocabularySize:
         raise ConfigError(
             "--vocabulary is neither a size nor a tokenizer known here", found=given, change=f"a number, or {names}"
         )
-    tokenizer = Path(config.data.path) / "tokenizer"
+    folder = config.data.folders[0]  # sources have one tokenizer
+    tokenizer = Path(folder) / "tokenizer"
     if tokenizer.is_dir():
         return VocabularySize(load_tokenizer(tokenizer).vocab_size, f"of {tokenizer}")
-    words = config.data.path.replace("/", "-").split("-")
+    words = folder.replace("/", "-").split("-")
     for name, size in VOCABULARIES.items():
         if name in words:
-            return VocabularySize(size, f"{name}'s, by the name of data.path = {config.data.path!r}, which is not here")
+            return VocabularySize(size, f"{name}'s, by the name of {folder}, which is not here")
     raise ConfigError(
         "the size of the vocabulary is not known: the prepared corpus is not here",
-        found=f"data.path = {config.data.path!r}",
+        found=f"no {tokenizer}",
         change=f"--vocabulary with a number, or {names}",
     )

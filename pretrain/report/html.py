@@ -19,6 +19,7 @@ from braid.kernels.errors import InputError
 
 from . import formatting
 from .curves import learns_schedule, schedule_charts, speed_charts, term_charts, time_chart, training_charts
+from .data import data_of
 from .denoising import trajectory_of
 from .formatting import count, duration, fixed, known, plus_minus
 from .quality import quality_of
@@ -84,6 +85,7 @@ def render(run: Run, beside: Sequence[Run] = ()) -> str:
             quality=quality_of(run, beside, names),
             last_validation=_last_validation(run),
             training_charts=training_charts((run, *beside), names),
+            data=data_of(run, beside, names),
             term_charts=term_charts(run),
             num_lost=sum(int(np.isnan(columns["loss"]).sum()) for columns in (run.train, run.validation)),
             mixed_objectives=len({each.objective for each in (run, *beside)}) > 1,

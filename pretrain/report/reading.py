@@ -16,6 +16,7 @@ import yaml
 from braid.kernels.errors import InputError
 
 NUM_TIME_BUCKETS = 10
+NESTED = ("split", "terms", "loss_by_time", "sources")
 FILES = ("config.yaml", "metrics.jsonl", "evaluation.json", "trajectory.json", "schedule.json", "summary.json")
 
 
@@ -23,7 +24,8 @@ FILES = ("config.yaml", "metrics.jsonl", "evaluation.json", "trajectory.json", "
 class Columns:
     """The metrics of one split as columns: float64 arrays [lines], NaN where a line has no finite value of it.
 
-    Loss terms are the columns `terms.<name>`, the loss by time bucket `time.0` ... `time.9`.
+    Loss terms are the columns `terms.<name>`, the loss by time bucket `time.0` ... `time.9`, what is known of a source
+    of a mixture `sources.<name>.<what>`.
     """
 
     data: dict[str, np.ndarray]
@@ -47,6 +49,11 @@ class Columns:
     def terms(self) -> list[str]:
         """Names of the loss terms, in the order they first appear."""
         return [name.removeprefix("terms.") for name in self.data if name.startswith("terms.")]
+
+    @property
+    def sources(self) -> list[str]:
+        """Names of the sources of a mixture."""
+        return list(dict.fromkeys(name.split(".")[1] for name in self.data if name.startswith("sources.")))
 
     @property
     def by_time(self) -> np.ndarray:
@@ -198,9 +205,11 @@ def _metrics(path: Path) -> tuple[Columns, Columns, bool]:
 
 def _append(table: dict[str, array], length: int, line: dict[str, Any]) -> None:
     """Add one line to the columns, filling with NaN what it lacks (or what the lines before it lacked)."""
-    values = {name: value for name, value in line.items() if name not in ("split", "terms", "loss_by_time")}
+    values = {name: value for name, value in line.items() if name not in NESTED}
     values |= {f"terms.{name}": value for name, value in (line.get("terms") or {}).items()}
     values |= {f"time.{index}": value for index, value in enumerate(line.get("loss_by_time") or [])}
+    for source, found in (line.get("sources") or {}).items():
+        values |= {f"sources.{source}.{name}": value for name, value in found.items()}
     for name, value in values.items():
         if value is None or isinstance(value, (int, float)):
             column = table.setdefault(name, array("d", [float("nan")]) * length)

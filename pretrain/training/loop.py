@@ -17,11 +17,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from braid.data_pipeline.corpus import TokenCorpus
 from braid.data_pipeline.loader import Batch, Loader
-from braid.data_pipeline.order import ShuffledOrder
-from braid.data_pipeline.packing import Rows
-from braid.data_pipeline.remote import Fetching
+from braid.data_pipeline.packing import SINGLE
 from braid.kernels.errors import CheckpointError, Preempted, TrainingFailed
 from braid.kernels.random import fold_key
 from braid.parallel.context import Context
@@ -38,6 +35,7 @@ from braid.pretrain.checkpoint.store import CheckpointStore
 from braid.pretrain.config.load import dump_config
 from braid.pretrain.config.schema import Config
 from braid.pretrain.evaluation.bound import evaluate_rows
+from braid.pretrain.evaluation.mixture import mixed_estimates, of_sources, sequences_of
 from braid.pretrain.model.flops import mfu
 from braid.pretrain.model.fp8 import use_fp8
 from braid.pretrain.model.network import parameter_counts
@@ -52,6 +50,7 @@ from braid.pretrain.telemetry.metrics_log import MetricsLog
 from braid.pretrain.telemetry.progress import ProgressMeter, format_line
 from braid.pretrain.telemetry.wandb_sink import WandbSink
 
+from .data import describe_data, open_rows, training_order
 from .ema import EMA
 from .engines import build_engine
 from .gradients import Gradients
@@ -75,20 +74,14 @@ class Trainer:
         self.run_dir = Path(config.run.dir)
         data, training = config.data, config.training
 
-        # Data: rows of both splits, and the order that depends on (seed, epoch) alone.
-        ledger = self.run_dir / "damaged.jsonl"
-        fetching = Fetching(data.cache, data.cache_gb, data.retries, data.timeout_s)
-        corpus, validation = (
-            TokenCorpus.open(data.path, split, damaged=data.damaged, ledger=ledger, fetching=fetching)
-            for split in ("train", "validation")
-        )
+        # Data: rows of both splits, and the order that depends on (seed, position) alone.
+        rows = open_rows(data, "train", self.run_dir)
+        self.validation_rows = open_rows(data, "validation", self.run_dir)
+        corpus = rows.parts[next(iter(data.sources), SINGLE)].corpus  # of the first source, as they are written
         self.tokenizer = corpus.tokenizer
-        rows, self.validation_rows = (
-            Rows(split, data.sequence_length, data.packing, oversized=data.oversized) for split in (corpus, validation)
-        )
         self.loader = Loader(
             rows,
-            ShuffledOrder(rows.rows_per_shard, config.run.seed, data.window),
+            training_order(config, rows),
             global_batch_size=training.global_batch_size,
             micro_batch_size=training.micro_batch_size,
             data_rank=mesh.data.rank,
@@ -144,11 +137,8 @@ class Trainer:
         self.say(f"{config.objective.name}: {self.parameters['total']:,} parameters, "
                  f"{len(self.loader.rows):,} training rows of {config.data.sequence_length} tokens, "
                  f"{config.training.steps:,} steps on {self.world.size} x {self.device.type}")  # fmt: skip
-        if self.loader.rows.num_oversized:
-            self.say(self.loader.rows.about_oversized)
-        if self.loader.rows.corpus.manifest.get("pairs") and config.data.packing != "pairs":
-            self.say("the corpus consists of (source, target) pairs and is read as plain text; "
-                     "data.packing=pairs trains targets given their sources")  # fmt: skip
+        for line in describe_data(self.loader, config.data.packing):
+            self.say(line)
         if self.step >= config.training.steps:
             self.say(f"nothing is left to do: step {self.step} of {config.training.steps} is saved already")
         with StopRequest() as stop:
@@ -247,6 +237,7 @@ class Trainer:
             "step": self.step,
             "split": "train",
             "tokens_seen": self.loader.num_real,
+            **self.loader.bookkeeping(),
             "loss": interval.total / interval.count,
             "terms": terms,
             "loss_by_time": [value / number if number else None for value, number in pairs],
@@ -273,20 +264,25 @@ class Trainer:
         self.wandb.write(record)
 
     def _validate(self) -> None:
-        """The objective's figures on the first validation rows, one draw each, with the averaged weights."""
+        """The objective's figures on a part of the validation rows, one draw each, with the averaged weights."""
         config = self.config.training
-        num_sequences = min(config.validation_sequences, len(self.validation_rows))
-        estimates = self._look(
-            lambda: evaluate_rows(
-                self.objective,
-                self.validation_rows,
-                num_sequences=num_sequences,
-                draws=1,
-                seed=self.config.run.seed,
-                micro_batch_size=config.micro_batch_size,
-                peers=self.mesh.reduction,
-            )  # fmt: skip
+        shares = self.loader.shares
+        by_source = self._look(
+            lambda: {
+                name: evaluate_rows(
+                    self.objective,
+                    rows,
+                    num_sequences=sequences_of(rows, shares[name], config.validation_sequences),
+                    draws=1,
+                    seed=self.config.run.seed,
+                    micro_batch_size=config.micro_batch_size,
+                    peers=self.mesh.reduction,
+                )
+                for name, rows in self.validation_rows.parts.items()
+                if shares[name]
+            }
         )
+        estimates = mixed_estimates(by_source, shares)
         first = estimates[0]
         self._record(
             {
@@ -298,11 +294,12 @@ class Trainer:
                 "unit": first.unit,
                 "standard_error": first.standard_error,
                 "bits_per_byte": first.bits_per_byte,
+                **({"sources": of_sources(by_source)} if self.config.data.sources else {}),
             }
         )
         unit = "nats per token" if first.unit == "nats" else "per token"
         self.say(f"  validation: {first.label} {first.value:.4f} +- {first.standard_error:.4f} {unit} "
-                 f"({num_sequences} sequences, one draw)")  # fmt: skip
+                 f"({len(first.sums)} sequences, one draw)")  # fmt: skip
 
     def _sample(self) -> None:
         """Every rank draws the same ones, because every rank may be needed to; the first writes them."""
@@ -420,11 +417,14 @@ class Trainer:
         self.step, path = found
         with open_checkpoint(path, check_tensors=False) as reader:  # verified above
             changes = restore(reader, self.config, self.objective, self.engine, self.ema, self.tokenizer, self.layout)
-        self.loader.load_state_dict(reader.state["loader"])
+        new_stage = self.loader.load_state_dict(reader.state["loader"])
         self.interval = Interval(self.device, reader.state["interval"])
         self.say(f"resumed from step {self.step} ({path})")
         for change in changes:
             self.say(f"  continuing with another setting than it was saved with: {change}")
+        if new_stage:
+            first = f"{self.loader.consumed:,}"
+            self.say(f"  the sources have other weights than so far: a new stage begins at sample {first}")
         return reader.state
 
     def close(self, *, failed: bool) -> None:

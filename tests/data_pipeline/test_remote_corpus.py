@@ -107,7 +107,7 @@ def test_the_loader_fetches_the_next_window_while_one_is_read(tmp_path):
     build(tmp_path / "corpus", texts(120, 40), block=100, shard_bytes=1500)
     server = FaultyServer(tmp_path / "corpus")
     one = loader(server.url, tmp_path / "cache")
-    ahead = {f"train/shard.{k:05}.mds" for k in one._coming_shards(0)}
+    ahead = {f"train/shard.{k:05}.mds" for k in one._coming_shards(0, 0)}
     windows = [shard for shards in one.order.coming_shards(0) for shard in shards]
     assert len(windows) == 2 * WINDOW and {f"train/shard.{k:05}.mds" for k in windows} <= ahead
     iterator = iter(one)

@@ -303,6 +303,10 @@ AWKWARD = ["off", "null", "~", "1e-3", "true", "1", " a", "a: b", "# x", "x\n", 
 
 
 def values(kind: type) -> st.SearchStrategy:
+    if typing.get_origin(kind) is dict:
+        return st.dictionaries(st.text() | st.sampled_from(AWKWARD), values(typing.get_args(kind)[1]), max_size=3)
+    if typing.get_origin(kind) is tuple:
+        return st.lists(values(typing.get_args(kind)[0]), max_size=2).map(tuple)
     if typing.get_args(kind):
         return st.one_of([values(objective) for objective in OBJECTIVES.values()])
     if dataclasses.is_dataclass(kind):
