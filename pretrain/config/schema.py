@@ -168,7 +168,8 @@ class TrainingConfig:
     validate_every: int = 0
     """Steps between validations; 0 validates at the end only."""
     validation_sequences: int = 256
-    """Validation sequences used during training (the first ones; the final number comes from `braid evaluate`)."""
+    """Validation sequences used during training, spread over the split; in a mixture shared by its weights, two of a
+    source at least. The final number comes from `braid evaluate`."""
     sample_every: int = 0
     """Steps between samples drawn during training; 0 draws none."""
     num_samples: int = 4
