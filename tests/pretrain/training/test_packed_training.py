@@ -29,6 +29,7 @@ def test_in_pieces_and_whole(trainers: Trainers, corpus: Path, tmp_path: Path) -
     assert num_real[1] < 12 * 8 * 16
 
 
+@pytest.mark.slow
 def test_ranks_with_different_numbers_of_tokens(trainers: Trainers, tmp_path: Path) -> None:
     """The loss is that of one process: a sum over all tokens, divided by their number."""
     losses = []
