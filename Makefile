@@ -19,6 +19,8 @@ PYTEST_ARGS ?=
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST := $(VENV)/bin/pytest
+# Two processes, for two cores: of several that each test runs, most wait for each other. A file stays in one of them.
+BESIDE := --numprocesses 2 --dist loadfile
 BUILD := setup.py pyproject.toml constraints.txt
 
 # DeepSpeed comes as source: its kernels are compiled when one is first used, not here.
@@ -34,10 +36,10 @@ demo: $(VENV)/core
 	$(VENV)/bin/braid demo
 
 test: $(VENV)/test
-	$(PYTEST) -m "not slow and not gpu" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow and not gpu" $(BESIDE) $(PYTEST_ARGS)
 
 test-all: $(VENV)/test
-	$(PYTEST) $(PYTEST_ARGS)
+	$(PYTEST) $(BESIDE) $(PYTEST_ARGS)
 
 kernels: $(VENV)/core
 	$(VENV)/bin/python -m braid.kernels.library

@@ -53,7 +53,16 @@ EXTRAS = {
     ],
 }
 # moto is the S3 server of the tests; Flask is what it serves with.
-TEST_TOOLS = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "setuptools>=77", "moto>=5", "flask>=3", "flask-cors>=5"]
+TEST_TOOLS = [
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "ruff>=0.6",
+    "setuptools>=77",
+    "moto>=5",
+    "flask>=3",
+    "flask-cors>=5",
+]
 EXTRAS["test"] = [*TEST_TOOLS, *(package for extra in EXTRAS.values() for package in extra)]
 # Torch's CUDA build brings the version it wants; beside its CPU build tests interpret and compile the kernels with it.
 EXTRAS["kernels"] = ['triton>=3.4; platform_system == "Linux"']

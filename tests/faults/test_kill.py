@@ -87,8 +87,9 @@ def test_a_joint_model_killed_again_and_again(trainers: Trainers, mode: str) -> 
     compare_with_undisturbed(trainers, "tiny_ccdd", mode, kills=6, steps=60, seed=1)
 
 
-@pytest.mark.parametrize("mode", ["asynchronous", pytest.param("synchronous", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("recipe", ["tiny_mdlm", pytest.param("tiny_ccdd", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["asynchronous", "synchronous"])
+@pytest.mark.parametrize("recipe", ["tiny_mdlm", "tiny_ccdd"])
 def test_two_hundred_steps_and_twenty_kills(trainers: Trainers, recipe: str, mode: str) -> None:
     compare_with_undisturbed(trainers, recipe, mode, kills=20, steps=200, seed=2)
 
@@ -106,8 +107,12 @@ def test_killed_at_a_phase_of_a_save_while_training_goes_on(trainers: Trainers, 
 
 @pytest.mark.parametrize(
     "layout",
-    [{}, {"parallel__tensor": 2}, {"parallel__pipeline": 2, "model__num_layers": 2}, {"parallel__engine": "megatron"}],
-    ids=["data", "tensor", "pipeline", "megatron"],
+    [
+        pytest.param({}, id="data"),
+        pytest.param({"parallel__tensor": 2}, id="tensor", marks=pytest.mark.slow),
+        pytest.param({"parallel__pipeline": 2, "model__num_layers": 2}, id="pipeline", marks=pytest.mark.slow),
+        pytest.param({"parallel__engine": "megatron"}, id="megatron"),
+    ],
 )
 def test_a_rank_killed_ends_its_peers_and_the_run_goes_on_bit_for_bit(
     trainers: Trainers, tmp_path: Path, layout: dict[str, object]
@@ -118,7 +123,8 @@ def test_a_rank_killed_ends_its_peers_and_the_run_goes_on_bit_for_bit(
     second.wait_until(lambda: has_lines(tmp_path / "shot", 3))
     second.signal(signal.SIGKILL)
     assert second.wait() == -signal.SIGKILL
-    said = r"\[rank 0\] error: (a sum over (2|the 2) ranks.*|what 2 ranks do together) did not complete: another rank"
+    together = r"(a (sum|broadcast) over (2|the 2) ranks.*|what 2 ranks do together)"
+    said = rf"\[rank 0\] error: {together} did not complete: another rank"
     assert_refused(first, 4, said, run_dir=tmp_path / "shot")
     trainers.train("tiny_ccdd", "shot", ranks=2, **options)
     assert_same_run(tmp_path / "shot", tmp_path / "straight")

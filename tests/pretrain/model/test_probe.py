@@ -66,7 +66,7 @@ def test_causal_model_with_one_bidirectional_block_is_refused(prepare):
 @pytest.mark.parametrize("causal", [False, True])
 def test_model_without_attention_is_refused(causal):
     class Positionwise(nn.Module):
-        def forward(self, x, rope, cache):
+        def forward(self, x, rope, cache, visible):
             return x
 
     network = backbone(causal=causal)
@@ -85,7 +85,7 @@ def test_an_off_by_one_causal_mask_is_refused():
             super().__init__()
             self.inner = inner
 
-        def forward(self, x, rope, cache):
+        def forward(self, x, rope, cache, visible):
             return self.inner(x, rope).roll(-1, dims=1)
 
     network.blocks[0].attention = Peeking(network.blocks[0].attention)

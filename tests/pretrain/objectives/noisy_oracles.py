@@ -62,7 +62,7 @@ class Bayes(Network):
         self.sequences, self.law, self.leave_one_out = sequences, law, leave_one_out
         self.indicators = F.one_hot(sequences, chain.vocab_size).double()  # [S, L, V]
 
-    def forward(self, tokens, times, dropout=None) -> Prediction:
+    def forward(self, tokens, times, dropout=None, segments=None) -> Prediction:
         if tokens.is_floating_point():
             tokens = tokens.argmax(-1)
         moments, of_row = times.unique(return_inverse=True)
@@ -89,7 +89,7 @@ class SoftTable(Network):
         self.slope = torch.randn(chain.vocab_size, generator=generator, dtype=torch.float64)
         self.vocab_size = chain.vocab_size
 
-    def forward(self, tokens, times, dropout=None) -> Prediction:
+    def forward(self, tokens, times, dropout=None, segments=None) -> Prediction:
         weights = tokens.double() if tokens.is_floating_point() else F.one_hot(tokens, self.vocab_size).double()
         return Prediction(TokenLogits.known(weights @ self.table + times[:, None, None] * self.slope))
 

@@ -60,7 +60,7 @@ class Oracle(Network):
         self.sequences, self.probabilities = sequences, probabilities
         self.indicators = F.one_hot(sequences, VOCAB).double()  # [S, L, V]
 
-    def forward(self, tokens, times=None, dropout=None) -> Prediction:
+    def forward(self, tokens, times=None, dropout=None, segments=None) -> Prediction:
         fits = ((tokens[:, None] == MASK) | (tokens[:, None] == self.sequences)).all(-1)  # [B, S]
         mass = torch.einsum("bs,slv->blv", self.probabilities * fits, self.indicators)
         return Prediction(TokenLogits.known((mass / mass.sum(-1, keepdim=True)).clamp(min=1e-300).log()))
@@ -75,7 +75,7 @@ class SameAnswer(Network):
         self.logits = torch.cat([law.log(), torch.tensor([7.0], dtype=torch.float64)])
         self.latent_dim = latent_dim
 
-    def forward(self, tokens, times, latents=None, dropout=None) -> JointPrediction:
+    def forward(self, tokens, times, latents=None, dropout=None, segments=None) -> JointPrediction:
         logits = TokenLogits.known(self.logits.expand(*tokens.shape, -1))
         return JointPrediction(logits, torch.zeros(*tokens.shape, self.latent_dim))
 

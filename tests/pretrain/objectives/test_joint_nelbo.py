@@ -46,7 +46,7 @@ class JointOracle(Network):
         super().__init__()
         self.token_network, self.clean = tokens, clean
 
-    def forward(self, tokens, times, latents, dropout=None, latent_times=None) -> JointPrediction:
+    def forward(self, tokens, times, latents, dropout=None, latent_times=None, segments=None) -> JointPrediction:
         assert latent_times is None or torch.equal(latent_times, times), "the bound is that of the sampler's path"
         logits = F.pad(self.token_network(tokens[:, :-1]).logits, (0, 0, 0, 1))
         return JointPrediction(TokenLogits.known(logits), self.clean.expand(*tokens.shape, -1))
@@ -143,7 +143,7 @@ def test_joint_nelbo_of_a_network_that_knows_the_text_is_zero():
     clean = ccdd.encoder.encode(text, torch.zeros_like(text, dtype=torch.bool))
 
     class KnowsTheText(Network):
-        def forward(self, tokens, times, latents, dropout=None):
+        def forward(self, tokens, times, latents, dropout=None, segments=None):
             logits = 60.0 * F.one_hot(text, VOCAB).double()
             logits = TokenLogits.known(logits.expand(len(tokens), -1, -1))
             return JointPrediction(logits, clean.expand(len(tokens), -1, -1))

@@ -206,7 +206,7 @@ def test_bounds_agree_between_the_objectives_at_p_r_1_without_latents():
             super().__init__()
             self.network = network
 
-        def forward(self, tokens, times, dropout=None):
+        def forward(self, tokens, times, dropout=None, segments=None):
             return self.network(tokens, times, torch.zeros(*tokens.shape, self.network.latent_dim), dropout)
 
     mdlm.network = WithoutLatents(ccdd.network)

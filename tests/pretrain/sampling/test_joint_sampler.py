@@ -31,7 +31,7 @@ class GaussianOracle(Network):
         super().__init__()
         self.schedule, self.times, self.seen, self.said = schedule, [], [], []
 
-    def forward(self, tokens, times, latents, dropout=None, latent_times=None) -> JointPrediction:
+    def forward(self, tokens, times, latents, dropout=None, latent_times=None, segments=None) -> JointPrediction:
         t = float(times[0])
         assert torch.all(times == t) and (latent_times is None or torch.equal(latent_times, times))
         alpha, sigma = coefficients(self.schedule, t)
@@ -93,7 +93,7 @@ class TwoAnswers(Network):
         self.with_latents, self.without = torch.randn(2, length, VOCAB, generator=generator)
         self.calls = []
 
-    def forward(self, tokens, times, latents, dropout=None) -> JointPrediction:
+    def forward(self, tokens, times, latents, dropout=None, segments=None) -> JointPrediction:
         off = bool((latents == 0).all())
         self.calls.append((off, tokens.clone(), times.clone(), latents))
         logits = self.without if off else self.with_latents
@@ -214,7 +214,7 @@ def test_tokens_follow_the_law_of_the_bayes_denoiser(options):
     sequences, law = toy_law(length=2, vocabulary=3, seed=0)
 
     class Both(Oracle):
-        def forward(self, tokens, times, latents, dropout=None):
+        def forward(self, tokens, times, latents, dropout=None, segments=None):
             return JointPrediction(TokenLogits.known(super().forward(tokens).logits), torch.zeros_like(latents))
 
     ccdd, num = make(**options), 3000

@@ -133,12 +133,9 @@ CHAINS = [
 ]
 
 
+@pytest.mark.slow  # a chain of tests/parity is quick
 @pytest.mark.parametrize(
-    ("recipe", "chain"),
-    [
-        pytest.param(recipe, chain, id=f"{name}-{recipe}", marks=[pytest.mark.slow] * (number > 0))
-        for number, (name, recipe, chain) in enumerate(CHAINS)
-    ],
+    ("recipe", "chain"), [pytest.param(recipe, chain, id=f"{name}-{recipe}") for name, recipe, chain in CHAINS]
 )
 def test_a_run_goes_on_under_another_layout(trainers: Trainers, recipe: str, chain: list[tuple[int, dict]]) -> None:
     """From one layout to the next and the next. What is loaded is what was saved, to the bit; then the run is the one
