@@ -19,8 +19,9 @@ PYTEST_ARGS ?=
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST := $(VENV)/bin/pytest
-# Two processes, for two cores: of several that each test runs, most wait for each other. A file stays in one of them.
-BESIDE := --numprocesses 2 --dist loadfile
+# Two processes, for two cores: of several that a test runs, most wait for each other. A file stays in one of them, and
+# files go in the order of their names: those with the most tests are not those that take longest.
+BESIDE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 BUILD := setup.py pyproject.toml constraints.txt
 
 # DeepSpeed comes as source: its kernels are compiled when one is first used, not here.

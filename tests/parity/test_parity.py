@@ -11,7 +11,6 @@ QUICK = {
     ("RePlaid", "TP 2 x PP 2 x DP 2 + SP"),
     ("MDLM", "DP 2, ZeRO-1"),
     ("ELF", "DP 2, ZeRO-3"),
-    ("CCDD MDiT", "TP 2 x DP 2 + SP, ZeRO-3"),
     ("AR", "PP 2 x DP 2, ZeRO-1"),
     ("CCDD MMDiT", "TP 2 x PP 2 x DP 2, Megatron"),
     ("Co-LADD", "DP 2, ZeRO-2, offloaded to the CPU"),

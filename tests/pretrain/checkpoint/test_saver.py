@@ -39,7 +39,8 @@ from braid.pretrain.checkpoint.pieces import local_tensor
 from braid.pretrain.checkpoint.saver import Saver, available_memory
 from braid.pretrain.checkpoint.store import CheckpointStore
 
-MODES = pytest.mark.parametrize("asynchronous", [False, True], ids=["synchronous", "asynchronous"])
+SYNCHRONOUS = pytest.param(False, id="synchronous", marks=pytest.mark.slow)
+MODES = pytest.mark.parametrize("asynchronous", [SYNCHRONOUS, pytest.param(True, id="asynchronous")])
 on_ranks = functools.partial(run_on_ranks, timeout_s=300)
 TWO = {"parallel__tensor": 2, "ranks": 2}
 
