@@ -59,8 +59,10 @@ def test_trains_as_one_process(ranks, layout: str, names: list[str]) -> None:
             assert found.norms == pytest.approx(wanted.norms, rel=2e-6)
             assert found.averaged_loss == pytest.approx(wanted.averaged_loss, rel=1e-6)
             assert_near(found.gradients, wanted.gradients, 1e-5)
-            assert_near(found.weights, wanted.weights, 2e-5)
-            assert_near(found.averages, wanted.averages, 2e-5)
+            # One entry of this case's latent head is off by 1.02e-5, over tensor ranks.
+            relative = 2e-5 if name == "co_ladd-learned" else 1e-5
+            assert_near(found.weights, wanted.weights, relative)
+            assert_near(found.averages, wanted.averages, relative)
             assert_near(found.state, wanted.state, 1e-5)
 
 
