@@ -26,7 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--token-dtype", choices=("uint16", "uint32"), help="with --tokens: of flat files that have no index")
     add("--embedded", action="store_true", help="prepare the text that comes with Python instead of --input")
     add("--output", required=True, metavar="DIR", help="folder of the corpus; an interrupted one is continued")
-    add("--tokenizer", metavar="T", help="bytes, train:N (byte-level BPE of N ids), a tokenizer.json, or its folder")
+    add(
+        "--tokenizer",
+        metavar="T",
+        help="bytes, text8, train:N (byte-level BPE of N ids), tokenizer.json, or its folder",
+    )
     add("--vocab-size", type=int, metavar="N", help=f"with --embedded: train:N, by default {EMBEDDED_VOCAB_SIZE}")
     add("--text-field", default="text", metavar="F", help="field of a record or column of a table with the text (text)")
     add("--pairs", action="store_true", help="(source, target) pairs, to train and score targets given sources")

@@ -46,6 +46,8 @@ UNKNOWN = ("<unk>", "[UNK]", "<|unk|>")
 OWN_FILE = "braid_tokenizer.json"
 END, PAD, MASK = "<|endoftext|>", "<|pad|>", "<|mask|>"
 """Special tokens of the tokenizers made here; END serves as BOS and EOS."""
+TEXT8 = {letter: i for i, letter in enumerate(" abcdefghijklmnopqrstuvwxyz")}
+"""The 27 symbols of the benchmark text8, which scores bits per character."""
 
 
 class Tokenizer:
@@ -74,14 +76,18 @@ class Tokenizer:
         self._forbidden = np.zeros(self.vocab_size, dtype=bool)
         self._forbidden[list(self._dropped)] = True
         self._is_bytes = definition["model"].get("vocab") == _byte_vocabulary()
+        self._is_text8 = definition["model"].get("vocab") == TEXT8
 
     def __reduce__(self) -> tuple:
         return Tokenizer, (self._definition, self._special)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, one 1-D array of `dtype` per text, without BOS, EOS or any other special id."""
+        """Ids of each text, one 1-D array of `dtype` per text, without BOS, EOS or any other special id. The tokenizer
+        `text8` raises InputError for a text with other characters than its own."""
         if self._is_bytes:
             return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(self.dtype) for text in texts]
+        if self._is_text8:  # the library would drop other characters without a word
+            return [_text8_ids(text).astype(self.dtype) for text in texts]
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         rows = [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
         return [self._spelt_out(ids) if self._forbidden[ids].any() else ids for ids in rows]
@@ -114,6 +120,8 @@ class Tokenizer:
     def token_bytes(self) -> np.ndarray | None:
         """UTF-8 bytes each id stands for, int32 [vocab_size], 0 for special ids; None when the sum over a text's ids
         would not be exactly the bytes of the text: the tokenizer normalises, adds spaces or is not byte-level."""
+        if self._is_text8:
+            return (~self._forbidden).astype(np.int32)
         if not _keeps_every_byte(self._definition):
             return None
         sizes = np.zeros(self.vocab_size, dtype=np.int32)
@@ -136,18 +144,20 @@ class Tokenizer:
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """`bytes`; a tokenizer.json file; a Hugging Face tokenizer folder (tokenizer.json, or vocab.json and merges.txt, or
-    vocab.txt); or a folder written by `Tokenizer.save`.
+    """`bytes`; `text8` (a to z and the space); a tokenizer.json file; a Hugging Face tokenizer folder (tokenizer.json,
+    or vocab.json and merges.txt, or vocab.txt); or a folder written by `Tokenizer.save`.
 
     Raises InputError when there is none or it cannot serve: broken, or without any token to end a document with.
     """
     if str(source) == "bytes":
         return _byte_tokenizer()
+    if str(source) == "text8":
+        return _text8_tokenizer()
     path = Path(source)
     if not path.exists():
         raise InputError(
             f"there is no tokenizer {source}",
-            change="give `bytes`, a tokenizer.json file or a local folder that holds one; names on the Hugging Face "
+            change="give `bytes`, `text8`, a tokenizer.json file or a local folder with one; names on the Hugging Face "
             "hub are not fetched: download first (`hf download NAME --include 'tokenizer*' --local-dir FOLDER`)",
         )
     folder = path if path.is_dir() else path.parent
@@ -203,6 +213,29 @@ def _byte_tokenizer() -> Tokenizer:
     backend.decoder = hf.decoders.ByteLevel()
     backend.add_special_tokens([END, PAD, MASK])
     return _own_tokenizer(backend)
+
+
+def _text8_tokenizer() -> Tokenizer:
+    """An id for each of the 27 symbols; the special tokens follow."""
+    backend = hf.Tokenizer(hf.models.BPE(vocab=TEXT8, merges=[]))
+    backend.decoder = hf.decoders.Fuse()
+    backend.add_special_tokens([END, PAD, MASK])
+    return _own_tokenizer(backend)
+
+
+def _text8_ids(text: str) -> np.ndarray:
+    """uint8 [number of characters]; InputError where one has no id."""
+    data = np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
+    is_letter = (data >= ord("a")) & (data <= ord("z"))
+    if not (is_letter | (data == ord(" "))).all():
+        others = sorted(set(text) - TEXT8.keys())
+        where = min(map(text.index, others))
+        raise InputError(
+            "the text has characters that the tokenizer `text8` has no ids for",
+            found=f"{''.join(others[:10])!r}, the first after {text[max(0, where - 20) : where]!r}",
+            change="give text8 itself, text in its form (a to z and single spaces), or --tokenizer bytes",
+        )
+    return np.where(is_letter, data - (ord("a") - 1), 0)
 
 
 def _own_tokenizer(backend: hf.Tokenizer) -> Tokenizer:

@@ -72,6 +72,22 @@ def test_bytes_without_the_short_cut_are_the_same(tmp_path):
     assert library.token_to_id("<|mask|>") == 258
 
 
+def test_text8_has_an_id_for_each_of_its_27_symbols_and_refuses_others(tmp_path):
+    tokenizer = load_tokenizer("text8")
+    assert (tokenizer.vocab_size, tokenizer.mask_id) == (30, 29) and tokenizer.is_special.sum() == 3
+    text = " anarchism  originated as a term of abuse zxqjv"
+    ids = tokenizer.encode_batch([text, ""])
+    assert ids[0].tolist() == ["abcdefghijklmnopqrstuvwxyz".find(c) + 1 for c in text] and len(ids[1]) == 0
+    assert tokenizer.decode(ids[0]) == text and tokenizer.token_bytes.tolist() == [1] * 27 + [0] * 3
+    tokenizer.save(tmp_path)
+    assert load_tokenizer(tmp_path).encode_batch([text])[0].tolist() == ids[0].tolist()
+    assert hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(text).ids == ids[0].tolist()
+    for bad, found in (("the Cat", "'C', the first after 'the '"), ("a\nb", r"'\n'")):
+        with pytest.raises(InputError) as caught:
+            load_tokenizer(tmp_path).encode_batch([text, bad])
+        assert found in str(caught.value)
+
+
 def test_decode_drops_special_ids_and_survives_broken_utf8():
     tokenizer = load_tokenizer("bytes")
     assert tokenizer.decode([256, 104, 258, 105, 257, 256]) == "hi"

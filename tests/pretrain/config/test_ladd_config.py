@@ -136,8 +136,9 @@ def test_what_calls_more_than_one_network_is_not_divided_along_a_pipeline(option
 
 
 def test_the_published_sizes():
-    """arXiv 2510.18114: 1M steps of 512 rows, LM1B in rows of 128 and OpenWebText of 512."""
-    for name, length in (("co_ladd_lm1b", 128), ("co_ladd_owt", 512), ("di_ladd_lm1b", 128), ("di_ladd_owt", 512)):
+    """arXiv 2510.18114: 1M steps of 512 rows, LM1B in rows of 128, text8 of 256 and OpenWebText of 512."""
+    lengths = {"co_ladd_lm1b": 128, "co_ladd_owt": 512, "di_ladd_lm1b": 128, "di_ladd_owt": 512, "di_ladd_text8": 256}
+    for name, length in lengths.items():
         config = load_config(name)
         assert (config.model.width, config.model.num_layers, config.model.num_heads) == (768, 12, 12)
         assert (config.training.steps, config.training.global_batch_size) == (1_000_000, 512)
@@ -150,3 +151,11 @@ def test_the_published_sizes():
     assert co.time_shift == pytest.approx((2048 / 4096) ** 0.5) and not co.independent_times
     assert (di.num_slots, di.encoder.latent_dim, di.codebook_size, di.stage_one_steps) == (64, 128, 8192, 50_000)
     assert (di.hidden_max, di.latent_dropout, di.independent_times) == (0, 0, True)
+    text8 = load_config("di_ladd_text8").objective
+    assert (text8.encoder.kind, text8.num_slots, text8.encoder.latent_dim, text8.codebook_size) == (
+        "learned",
+        16,
+        128,
+        4096,
+    )
+    assert (text8.latent_schedule, text8.latent_power, text8.commitment) == ("poly", 2, 0.25)
