@@ -75,7 +75,9 @@ class Rows:
     and attention may cross documents. Where documents decide, every token of theirs is in one row. `oversized` says
     what becomes of a document (paragraph, pair) that does not fit a row: `cut` into pieces, of which each has the
     row's BOS and the last the document's EOS, unless that alone would be left; `skip`, left out; `stop`, an error which
-    counts them. `auto` cuts all but pairs, which cannot be cut. `num_oversized` tells how many there are.
+    counts them. `auto` cuts all but pairs, which stop. `num_oversized` tells how many there are. Of a pair, `cut` keeps
+    one row: the first tokens of its target, as many as fit beside the source but `target_tokens` (EOS included; 0: half
+    the row) in any case, and the first of its source, as many as fit then.
 
     rows_per_shard: int64 [shards]; a row belongs to the shard of its first stream token, and rows are numbered in the
     order of the stream, so those of shard 0 come first. table_hash: names the table of rows, None without one.
@@ -84,7 +86,15 @@ class Rows:
     are too long, DataExhausted when there is no whole row, InputError where a table can be neither read nor made.
     """
 
-    def __init__(self, corpus: TokenCorpus, sequence_length: int, packing: str, *, oversized: str = "auto") -> None:
+    def __init__(
+        self,
+        corpus: TokenCorpus,
+        sequence_length: int,
+        packing: str,
+        *,
+        oversized: str = "auto",
+        target_tokens: int = 0,
+    ) -> None:
         if packing not in STYLES:
             raise ConfigError(
                 "the packing is not known", found=f"packing={packing!r}", change=f"use one of {', '.join(STYLES)}"
@@ -104,8 +114,10 @@ class Rows:
         self._oversized = oversized
         if style.by_documents:
             self._cuts = _TableCuts(corpus, sequence_length, packing, oversized)
+        elif packing == "pairs":
+            self._cuts = _PairCuts(corpus, room, oversized, target_tokens or sequence_length // 2)
         else:
-            self._cuts = _PairCuts(corpus, room, oversized) if packing == "pairs" else _EqualCuts(corpus, room)
+            self._cuts = _EqualCuts(corpus, room)
         self.num_oversized = self._cuts.num_long
         if self._cuts.num_rows == 0:
             raise DataExhausted(
@@ -129,7 +141,8 @@ class Rows:
     def about_oversized(self) -> str:
         """What became of what does not fit a row, in words."""
         kind = {"pairs": "pairs", "paragraph": "paragraphs"}.get(self.packing, "documents")
-        became = "left out" if self._oversized == "skip" else "cut into pieces"
+        cut = "cut" if self.packing == "pairs" else "cut into pieces"
+        became = "left out" if self._oversized == "skip" else cut
         return f"{self.num_oversized:,} {kind} are longer than a row and {became}"
 
     def __getitem__(self, i: int) -> np.ndarray:
@@ -154,8 +167,7 @@ class Rows:
                 if style.begins:
                     row[end] = corpus.bos_id
                     end += 1
-                corpus.read_into(start, row[end : end + stop - start])
-                end += stop - start
+                end += self._cuts.read_into(start, stop, row[end:])
                 if style.by_documents:
                     segments[n, begin:end] = 1 if style.ends else number
             if style.ends:
@@ -179,6 +191,10 @@ class Rows:
         # The source holds no EOS, for text never becomes a special id; BOS may be the same id.
         source_ends = 1 + (rows[:, 1:] == self.corpus.eos_id).argmax(1)
         return np.arange(self.sequence_length) <= source_ends[:, None]
+
+    def target(self, i: int) -> list[int]:
+        """The whole target of the pair of row `i`, cut there or not, as ids without EOS."""
+        return self._cuts.target(i)
 
     @property
     def bytes_are_exact(self) -> bool:
@@ -243,6 +259,11 @@ class _Cuts:
     def spans(self, i: int) -> list[tuple[int, int]]:
         """Where in the stream the pieces of row `i` begin and end."""
         raise NotImplementedError
+
+    def read_into(self, start: int, stop: int, out: np.ndarray) -> int:
+        """Write a piece to the begin of `out`; how many tokens these are."""
+        self._corpus.read_into(start, out[: stop - start])
+        return stop - start
 
     def begun(self, position: int) -> int:
         """How many rows begin before a stream position."""
@@ -323,42 +344,69 @@ class _TableCuts(_Cuts):
 
 
 class _PairCuts(_Cuts):
-    """The stream in pieces of "source EOS target EOS", of at most `room` tokens.
+    """The stream in pieces of "source EOS target EOS", of which a row takes at most `room` tokens.
 
-    num_long: pairs that do not fit. Only where there are any, the numbers of the others are held in memory.
+    num_long: pairs that do not fit. Only where such are left out, the numbers of the others are held in memory.
     """
 
-    def __init__(self, corpus: TokenCorpus, room: int, oversized: str) -> None:
+    def __init__(self, corpus: TokenCorpus, room: int, oversized: str, target_tokens: int) -> None:
         super().__init__(corpus)  # and not its table, which would be pickled whole
+        self._room, self._target_tokens = room, target_tokens
         if corpus.pair_starts is None:
             raise ConfigError(
                 f"the corpus {corpus.source} does not consist of pairs",
                 found="packing='pairs'",
                 change="prepare it from pairs (`braid prepare --pairs`), or use another packing",
             )
-        if oversized not in ("stop", "skip"):
+        if oversized not in ("cut", "skip", "stop"):
             raise ConfigError(
-                "a pair that does not fit a row can only stop the run or be left out",
+                "what to do about pairs that do not fit a row is not known",
                 found=f"oversized={oversized!r}",
-                change="use `stop` or `skip`",
+                change="use `auto`, `cut`, `skip` or `stop`",
+            )
+        if oversized == "cut" and not 2 <= target_tokens <= room - 1:
+            raise ConfigError(
+                "a row that is cut has no place for its source or its target",
+                found=f"target_tokens={target_tokens}, sequence_length={room + 1}",
+                change=f"use target_tokens from 2 to {room - 1}, or a longer sequence_length",
             )
         lengths = np.diff(corpus.pair_starts)
         fits = lengths <= room
-        self._kept = None if fits.all() else np.flatnonzero(fits)
-        self.num_rows = int(np.count_nonzero(fits))
-        self.num_long = len(lengths) - self.num_rows
+        self.num_long = len(lengths) - int(np.count_nonzero(fits))
+        self._kept = np.flatnonzero(fits) if self.num_long and oversized == "skip" else None
+        self.num_rows = len(lengths) if self._kept is None else len(self._kept)
         if self.num_long and (oversized == "stop" or not self.num_rows):
             most = int(np.quantile(lengths, 0.99, method="higher"))
             raise ConfigError(
                 f"{self.num_long:,} of {len(lengths):,} pairs of the {corpus.split} split do not fit a row",
                 found=f"sequence_length={room + 1}; with BOS and two EOS the longest pair takes {lengths.max() + 1:,} "
                 f"tokens, and 99 of 100 take at most {most + 1:,}",
-                change="use a longer sequence_length, or data.oversized=skip to leave the others out",
+                change="use a longer sequence_length, or data.oversized=cut (or skip, to leave these pairs out)",
             )
 
     def spans(self, i: int) -> list[tuple[int, int]]:
         pair = i if self._kept is None else int(self._kept[i])
         return [(int(self._corpus.pair_starts[pair]), int(self._corpus.pair_starts[pair + 1]))]
+
+    def read_into(self, start: int, stop: int, out: np.ndarray) -> int:
+        if stop - start <= self._room:
+            return super().read_into(start, stop, out)
+        source, target = self._sides(start, stop)
+        target = target[: max(self._target_tokens - 1, self._room - 2 - len(source))]
+        source = source[: self._room - 2 - len(target)]
+        eos = [self._corpus.eos_id]
+        out[: self._room] = np.concatenate([source, eos, target, eos])
+        return self._room
+
+    def target(self, i: int) -> list[int]:
+        return self._sides(*self.spans(i)[0])[1].tolist()
+
+    def _sides(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Source and target of a pair, without their EOS, which are the only ones: text never becomes a special id."""
+        pair = np.empty(stop - start, self._corpus.dtype)
+        self._corpus.read_into(start, pair)
+        end = int((pair == self._corpus.eos_id).argmax())
+        return pair[:end], pair[end + 1 : -1]
 
     def begun(self, position: int) -> int:
         return self._rows_among(int(np.searchsorted(self._corpus.pair_starts[:-1], position, "left")))

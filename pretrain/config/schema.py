@@ -72,8 +72,11 @@ class DataConfig:
     `best_fit`: as many of those as fit, none of which sees another; `paragraph`: ELF's, one paragraph after the other
     and an EOS where the next does not fit. The last three pad their rows; padding is neither scored nor seen."""
     oversized: str = "auto"
-    """A document, paragraph or pair that does not fit a row: `cut` it into pieces (not pairs), `skip` it (counted), or
-    `stop` with an error; `auto` cuts all but pairs, which stop."""
+    """A document, paragraph or pair that does not fit a row: `cut` it into pieces (a pair: at the end of its source and
+    of its target), `skip` it (counted), or `stop` with an error; `auto` cuts all but pairs, which stop."""
+    target_tokens: int = 0
+    """Of a pair that is cut: the most tokens its target keeps (EOS included) where its source needs the rest of the
+    row; 0: half the row."""
     window: int = 4
     """Shards shuffled together: larger mixes better, smaller reads fewer shards at a time."""
     workers: int = 0

@@ -25,7 +25,6 @@ SEEDS = range(2**64)
 SHORTEST_ROW = {"wrap": 4, "stream": 2, "pairs": 4, "document": 3, "best_fit": 3, "paragraph": 3}
 """BOS + two tokens + EOS; one token to predict the next from; BOS and two EOS around one token; one token between BOS
 and EOS; two and EOS."""
-OVERSIZED = {"pairs": ("stop", "skip"), **dict.fromkeys(DOCUMENT_PACKINGS, ("cut", "skip", "stop"))}
 
 
 def validate(config: Config, *, world_size: int | None = None) -> None:
@@ -82,17 +81,31 @@ def _run_and_data(check: Check, config: Config) -> None:
             + (", the row being BOS + L-2 tokens + EOS" if data.packing == "wrap" else ""),
         )
     check.one_of("data.oversized", data.oversized, ("auto", "cut", "skip", "stop"))
-    possible = OVERSIZED.get(data.packing, ("stop",))  # nothing is too long for a stream
-    if data.oversized in ("cut", "skip", "stop") and data.oversized not in possible:
-        why = "a pair is not cut" if data.packing == "pairs" else "nothing is too long for a row of the stream"
+    if data.oversized in ("cut", "skip") and data.packing not in ("pairs", *DOCUMENT_PACKINGS):
         found = f"data.oversized = {data.oversized!r} and data.packing = {data.packing!r}"
-        check.add(f"data.oversized does not go with this packing: {why}", found, "data.oversized=auto")
+        change = "data.oversized=auto"
+        check.add("data.oversized is ignored: nothing is too long for a row of the stream", found, change)
+    _target_tokens(check, data)
     check.at_least("data.window", data.window, 1)
     check.at_least("data.workers", data.workers, 0)
     check.one_of("data.damaged", data.damaged, ("stop", "skip"))
     check.at_least("data.cache_gb", data.cache_gb, 0)
     check.at_least("data.retries", data.retries, 0)
     check.positive("data.timeout_s", data.timeout_s)
+
+
+def _target_tokens(check: Check, data: DataConfig) -> None:
+    found = f"data.packing = {data.packing!r}, data.oversized = {data.oversized!r}"
+    if not data.target_tokens:
+        return
+    if (data.packing, data.oversized) != ("pairs", "cut"):
+        check.add("data.target_tokens is ignored: no pair is cut", found, "data.oversized=cut, or data.target_tokens=0")
+    elif not 2 <= data.target_tokens <= data.sequence_length - 2:
+        check.add(
+            f"data.target_tokens = {data.target_tokens} leaves no place for a source, or none for a target",
+            found=f"data.sequence_length = {data.sequence_length}",
+            change=f"use 2 to {data.sequence_length - 2}, or 0 for half the row",
+        )
 
 
 def _mixture(check: Check, data: DataConfig, training: TrainingConfig) -> None:

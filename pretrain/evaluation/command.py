@@ -259,7 +259,7 @@ def _rows(folder: str, split: str, model: LoadedModel) -> Rows:
             f"model {model.tokenizer.hash[:16]} ({model.tokenizer.vocab_size} ids)",
             change=f"prepare the text with --tokenizer {model.path / 'tokenizer'}",
         )
-    return Rows(corpus, data.sequence_length, data.packing, oversized=data.oversized)
+    return Rows(corpus, data.sequence_length, data.packing, oversized=data.oversized, target_tokens=data.target_tokens)
 
 
 def _score(

@@ -1,7 +1,7 @@
 """Quality of answers to given sources against reference answers: BLEU, ROUGE, exact match.
 
 The rows are (source, target) pairs: the source is given to the sampler, the answer is what it makes of the positions
-after it, up to the first EOS, and the reference is the row's own target.
+after it, up to the first EOS, and the reference is the whole target of the pair, even where the row has only its begin.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def answer_rows(
     begins = scored.long().argmax(1).tolist()
     return Answers(
         [_until_eos(row[begin:], eos_id) for row, begin in zip(samples.tokens.tolist(), begins, strict=True)],
-        [_until_eos(row[mask].tolist(), eos_id) for row, mask in zip(tokens, scored, strict=True)],
+        [rows.target(i) for batch in batches for i in batch.ordinals.tolist()],  # row i has ordinal i
         float(np.mean(samples.network_calls)),
     )
 

@@ -23,7 +23,8 @@ def open_rows(data: DataConfig, split: str, run_dir: Path) -> Rows | MixedRows:
 
     def rows(folder: str, ledger: str) -> Rows:
         corpus = TokenCorpus.open(folder, split, damaged=data.damaged, ledger=run_dir / ledger, fetching=fetching)
-        return Rows(corpus, data.sequence_length, data.packing, oversized=data.oversized)
+        what = {"oversized": data.oversized, "target_tokens": data.target_tokens}
+        return Rows(corpus, data.sequence_length, data.packing, **what)
 
     if not data.sources:
         return rows(data.path, "damaged.jsonl")

@@ -214,6 +214,36 @@ def test_long_pairs_left_out(corpus, pairs):
         open_rows(corpus, length=2, oversized="skip")
 
 
+@pytest.mark.parametrize("target_tokens", [0, 6])
+def test_long_pairs_are_cut_at_the_ends_of_both_sides(corpus, pairs, target_tokens):
+    length = 30
+    rows, whole = open_rows(corpus, length=length, oversized="cut", target_tokens=target_tokens), open_rows(corpus)
+    tokenizer, most = rows.corpus.tokenizer, target_tokens or length // 2
+    written, num_cut = of_split(whole, pairs), 0
+    assert len(rows) == len(whole) and rows.rows_per_shard.tolist() == whole.rows_per_shard.tolist()
+    for i, (source, target) in enumerate(written):
+        source, target = source.encode(), target.encode()
+        assert rows.target(i) == list(target)
+        if 3 + len(source) + len(target) > length:
+            num_cut += 1
+            # BOS and two EOS; the target has its share for sure, and more where the source is short
+            target = target[: max(most - 1, length - 3 - len(source))]
+            source = source[: length - 3 - len(target)]
+            assert len(source) + len(target) + 3 == length
+        eos = tokenizer.eos_id
+        row = [tokenizer.bos_id, *source, eos, *target, eos]
+        row += [eos] * (length - len(row))
+        assert rows[i].tolist() == row
+        assert rows.condition(rows[i][None])[0].tolist() == [j < len(source) + 2 for j in range(length)]
+        assert rows.num_bytes(i) == len(target)
+    assert (
+        rows.num_oversized == num_cut > 20
+        and f"{num_cut:,} pairs are longer than a row and cut" in rows.about_oversized
+    )
+    with pytest.raises(ConfigError, match="no place for its source"):
+        open_rows(corpus, length=length, oversized="cut", target_tokens=29)
+
+
 # --- bytes ---
 
 

@@ -36,7 +36,7 @@ def test_an_encoder_that_reads_the_row_does_not_read_several_documents():
     [
         ("wrap", {"cut", "skip"}),
         ("stream", {"cut", "skip"}),
-        ("pairs", {"cut"}),
+        ("pairs", set()),
         ("document", set()),
         ("best_fit", set()),
         ("paragraph", set()),
@@ -47,6 +47,18 @@ def test_what_is_too_long(packing, refused):
         found = about_packing("tiny_mdlm", f"data.packing={packing}", f"data.oversized={oversized}")
         assert any("data.oversized" in what for what in found) == (oversized in refused), (oversized, found)
     assert any("data.oversized" in what for what in about_packing("tiny_mdlm", "data.oversized=truncate"))
+
+
+def test_how_much_of_a_target_is_kept():
+    for options, is_wrong in (
+        (("packing=pairs", "oversized=cut", "target_tokens=4"), False),
+        (("packing=pairs", "oversized=skip", "target_tokens=4"), True),
+        (("packing=document", "oversized=cut", "target_tokens=4"), True),
+        (("packing=pairs", "oversized=cut", "target_tokens=1"), True),
+        (("packing=pairs", "oversized=cut", "sequence_length=16", "target_tokens=15"), True),
+    ):
+        found = about_packing("tiny_mdlm", *(f"data.{option}" for option in options))
+        assert any("data.target_tokens" in what for what in found) == is_wrong, (options, found)
 
 
 def test_the_former_name_of_oversized(tmp_path):

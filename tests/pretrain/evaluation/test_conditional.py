@@ -1,12 +1,15 @@
 """BLEU, ROUGE and exact match by hand and by the libraries' own calls; answers are drawn from the sources and cut."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from braid.data_pipeline.packing import Packed
+from braid.data_pipeline.corpus import TokenCorpus
+from braid.data_pipeline.packing import Rows
+from braid.data_pipeline.prepare import prepare
 from braid.kernels.errors import ConfigError
 from braid.pretrain.config.schema import SamplingConfig
 from braid.pretrain.evaluation import conditional
@@ -93,60 +96,64 @@ def test_all_measures_of_some_answers():
     assert single["exact_match"] == 100 and single["exact_match_standard_error"] is None
 
 
-class PairRows:
-    """BOS source EOS target EOS and EOS to fill, with what is asked of data_pipeline.packing.Rows."""
-
-    packing = "pairs"
-
-    def __init__(self, pairs, length, tokenizer):
-        end, self.sequence_length = tokenizer.eos_id, length
-        self.tokens = np.full((len(pairs), length), end)
-        self.given = np.zeros((len(pairs), length), bool)
-        for row, (source, target) in enumerate(pairs):
-            text = [tokenizer.bos_id, *source.encode(), end, *target.encode()]
-            self.tokens[row, : len(text)] = text
-            self.given[row, : len(source) + 2] = True
-
-    def __len__(self):
-        return len(self.tokens)
-
-    def load(self, indices):
-        self.last = np.asarray(indices)
-        return Packed(self.tokens[self.last], None)
-
-    def condition(self, tokens):
-        return self.given[self.last]
-
-    def is_left_out(self, index):
-        return False
+PAIRS = [
+    ("two", "2"),
+    ("seventeen", "17"),
+    ("one", "1"),
+    ("nothing", ""),
+    ("twelve", "12"),
+    ("a third", "0.33333333333"),
+]
 
 
-PAIRS = [("two", "2"), ("seventeen", "17"), ("one", "1"), ("nothing", ""), ("twelve", "12")]
+def rows_of_pairs(folder, length):
+    """Rows of PAIRS, of which a third is too long for its row; and the pairs in the order of the rows."""
+    lines = [json.dumps({"source": source, "target": target}) for source, target in PAIRS]
+    (folder / "pairs.jsonl").write_text("\n".join(lines))
+    fields = ("source", "target")
+    prepare(
+        [folder / "pairs.jsonl"],
+        "bytes",
+        folder / "corpus",
+        pair_fields=fields,
+        validation_fraction=0.1,
+        progress=False,
+    )
+    rows = Rows(TokenCorpus.open(folder / "corpus", "train"), length, "pairs", oversized="cut")
+    sources = [rows.corpus.tokenizer.decode(row[given]) for row, given in zip(*tokens_and_given(rows), strict=True)]
+    return rows, [(source, target) for source in sources for known, target in PAIRS if known == source]
 
 
-def test_answers_are_what_follows_the_source_up_to_its_end(monkeypatch):
+def tokens_and_given(rows):
+    tokens = rows.read(range(len(rows))).astype(np.int64)
+    return tokens, rows.condition(tokens)
+
+
+def test_answers_are_what_follows_the_source_up_to_its_end(monkeypatch, tmp_path):
     """A model that answers every source with "12", EOS and rubbish."""
     model = byte_model("mdlm", packing="pairs", length=20)
-    rows = PairRows(PAIRS, 20, model.tokenizer)
+    rows, pairs = rows_of_pairs(tmp_path, 20)
+    expected, given = (torch.from_numpy(array) for array in tokens_and_given(rows))
+    assert len(pairs) == len(rows) and rows.num_oversized == 1
 
     def answer(asked, settings, prompt, *, key, precision, progress):
         assert asked is model.objective and settings.steps == 7 and key == 3 and precision == "fp32"
-        assert torch.equal(prompt.tokens[prompt.known], torch.from_numpy(rows.tokens[rows.given]))
-        assert torch.equal(prompt.known, torch.from_numpy(rows.given))
+        assert torch.equal(prompt.tokens[prompt.known], expected[given]) and torch.equal(prompt.known, given)
         tokens = torch.where(prompt.known, prompt.tokens, ord("r"))
         for row, begin in enumerate(prompt.known.sum(1).tolist()):
             tokens[row, begin : begin + 3] = torch.tensor([ord("1"), ord("2"), model.tokenizer.eos_id])
-        return Samples(tokens, [7, 7, 7, 7, 6])
+        return Samples(tokens, [7] * (len(rows) - 1) + [6])
 
     monkeypatch.setattr(conditional, "draw_in_batches", answer)
-    found = answer_rows(model, SamplingConfig(steps=7), rows, 5, seed=3)
-    decode = model.tokenizer.decode
-    assert [decode(ids) for ids in found.references] == [target for _, target in PAIRS]
-    assert [decode(ids) for ids in found.answers] == ["12"] * 5
-    assert found.network_calls == 34 / 5
+    found = answer_rows(model, SamplingConfig(steps=7), rows, len(rows), seed=3)
+    decode, targets = model.tokenizer.decode, [target for _, target in pairs]
+    assert [decode(ids) for ids in found.references] == targets and "0.33333333333" in targets  # whole, though cut
+    assert [decode(ids) for ids in found.answers] == ["12"] * len(rows)
+    assert found.network_calls == 7 - 1 / len(rows)
     result = measure_answers(found, decode)
-    assert result["exact_match"] == 20
-    assert result["token_accuracy"] == pytest.approx(100 * (0 + 1 + 1 + 0 + 2) / 6)
+    assert result["exact_match"] == pytest.approx(100 * targets.count("12") / len(rows))
+    right = sum(a == b for target in targets for a, b in zip("12", target, strict=False))
+    assert result["token_accuracy"] == pytest.approx(100 * right / len("".join(targets)))
 
     rows.packing = "wrap"
     with pytest.raises(ConfigError, match="pairs"):
