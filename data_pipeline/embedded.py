@@ -38,6 +38,7 @@ class EmbeddedCorpus:
 
     num_ignored = 0
     has_pairs = False
+    first_validation = None
 
     def __init__(self, library: Path | None = None) -> None:
         """`library`: the folder of the standard library's .py files; by default the running interpreter's."""

@@ -94,6 +94,7 @@ class FilteredSource:
     ) -> None:
         self._source, self._filters, self._workers = source, filters, workers
         self.total_bytes, self.num_ignored, self.has_pairs = source.total_bytes, source.num_ignored, source.has_pairs
+        self.first_validation = source.first_validation
         self._path = folder / FILTERS_FILE if folder else None
         content = self._path.read_bytes() if goes_on and self._path.exists() else b""
         records = np.frombuffer(content[: len(content) // RECORD.itemsize * RECORD.itemsize], RECORD)

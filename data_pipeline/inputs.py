@@ -147,6 +147,30 @@ def find_files(
     return list(found.values()), num_ignored
 
 
+def find_both(
+    inputs: Sequence[str | Path],
+    validation: Sequence[str | Path],
+    is_readable: Callable[[InputFile, bool], bool],
+    endings: str,
+) -> tuple[list[InputFile], int, int | None]:
+    """`find_files` of inputs and of those for validation, which follow; and the number of the first of these, None
+    where there are none. Raises InputError for a file that is both."""
+    files, num_ignored = find_files(inputs, is_readable, endings)
+    if not validation:
+        return files, num_ignored, None
+    more, more_ignored = find_files(validation, is_readable, endings)
+    if twice := sorted({file.location for file in files} & {file.location for file in more}):
+        raise both(twice)
+    return [*files, *more], num_ignored + more_ignored, len(files)
+
+
+def both(twice: Sequence[str]) -> InputError:
+    """The error of files that are given for training and for validation."""
+    found = f"{twice[0]}{f' and {len(twice) - 1} more' if len(twice) > 1 else ''}"
+    change = "take it out of one of the two"
+    return InputError("a file is given for training and for validation", found=found, change=change)
+
+
 def names(files: Sequence[InputFile]) -> list[str]:
     """The files' locations relative to the folder they share."""
     parts = [file.location.split("/") for file in files]

@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -42,6 +43,7 @@ SHARD_BYTES = 64 << 20
 EMBEDDED_VOCAB_SIZE = 512
 SAMPLE_BYTES = 64 << 20
 """Most text a tokenizer is trained on; ten seconds of training."""
+VALIDATION_FRACTION = 0.05
 MOST_WORKERS = 4096
 SPLITS = ("train", "validation")
 NO_FILTERS = Filters()
@@ -52,7 +54,8 @@ def prepare(
     tokenizer: str | Path,
     output: str | Path,
     *,
-    validation_fraction: float = 0.05,
+    validation: Sequence[str | Path] = (),
+    validation_fraction: float | None = None,
     workers: int = 1,
     text_field: str = "text",
     separator: str | None = None,
@@ -66,7 +69,8 @@ def prepare(
     """Make a corpus of `inputs` (see `readers.TextFiles`) in the folder `output`; returns its manifest.
 
     tokenizer: what `load_tokenizer` takes, or `train:N` for a byte-level BPE of N ids learnt from the training split.
-    validation_fraction: share set apart, whole documents chosen by hash; a single document is cut at a line end.
+    validation: inputs that are the validation split, all the others training; or validation_fraction: the share that is
+    set apart (VALIDATION_FRACTION), whole documents chosen by hash; a single document is cut at a line end.
     workers: processes; one also uses the tokenizer library's own threads. separator: stands between the documents of a
     .txt file, which otherwise is one document. pair_fields: the fields of source and target, to make a corpus of pairs
     (each is two documents, and wholly in one split). filters: which documents are left out; the manifest counts them.
@@ -82,13 +86,14 @@ def prepare(
         "separator": separator,
         "pair_fields": list(pair_fields) if pair_fields else None,
         **filters.settings(),
-        "validation_fraction": validation_fraction,
+        **_set_apart(validation, validation_fraction),
         **_stored(format, row_tokens, shard_bytes),
     }
     with Progress(progress) as report:
         _check(settings, workers)
         filters.check()
-        source = TextFiles(inputs, text_field=text_field, separator=separator, pair_fields=pair_fields)
+        content = {"text_field": text_field, "separator": separator, "pair_fields": pair_fields}
+        source = TextFiles(inputs, validation=validation, **content)
         return _prepare(source, str(tokenizer), Path(output), settings, workers, report, filters)
 
 
@@ -97,6 +102,7 @@ def estimate(
     tokenizer: str | Path,
     output: str | Path,
     *,
+    validation: Sequence[str | Path] = (),
     workers: int = 1,
     filters: Filters = NO_FILTERS,
     **content: object,
@@ -107,7 +113,7 @@ def estimate(
     filters.check()
     _, make_tokenizer = _tokenizer(str(tokenizer))
     open_source = partial(TextFiles, **content)
-    source = open_source(inputs)
+    source = open_source(inputs, validation=validation)
     return estimated(source, open_source, make_tokenizer, Path(output), workers=workers, filters=filters)
 
 
@@ -116,7 +122,7 @@ def prepare_embedded(
     *,
     vocab_size: int = EMBEDDED_VOCAB_SIZE,
     tokenizer: str | Path | None = None,
-    validation_fraction: float = 0.05,
+    validation_fraction: float | None = None,
     workers: int = 1,
     format: str = "mds",
     row_tokens: int | None = None,
@@ -125,7 +131,7 @@ def prepare_embedded(
 ) -> dict:
     """`prepare` for the text that comes with Python (see `embedded`), with a tokenizer of `vocab_size` ids trained on
     it unless `tokenizer` names another."""
-    settings = {"validation_fraction": validation_fraction, **_stored(format, row_tokens, shard_bytes)}
+    settings = _set_apart((), validation_fraction) | _stored(format, row_tokens, shard_bytes)
     with Progress(progress) as report:
         _check(settings, workers)
         chosen = str(tokenizer or f"train:{vocab_size}")
@@ -137,20 +143,22 @@ def prepare_tokens(
     tokenizer: str | Path,
     output: str | Path,
     *,
+    validation: Sequence[str | Path] = (),
     documents: str = "index",
     token_dtype: str | None = None,
-    validation_fraction: float = 0.05,
+    validation_fraction: float | None = None,
     format: str = "mds",
     row_tokens: int | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
 ) -> dict:
-    """`prepare` for ids that `tokenizer` gave elsewhere; inputs, documents, token_dtype: see `token_stores.TokenFiles`.
+    """`prepare` for ids that `tokenizer` gave elsewhere; inputs, validation, documents, token_dtype: see
+    `token_stores.TokenFiles`.
     Where its tokens do not tell the bytes of a text, those of the decoded text are counted."""
     settings = {
         "documents": documents,
         "token_dtype": token_dtype,
-        "validation_fraction": validation_fraction,
+        **_set_apart(validation, validation_fraction),
         **_stored(format, row_tokens, shard_bytes),
     }
     with Progress(progress) as report:
@@ -158,7 +166,8 @@ def prepare_tokens(
         if str(tokenizer).startswith("train:"):
             change = "give the tokenizer that made the ids"
             raise InputError("a tokenizer cannot be trained on ids", found=str(tokenizer), change=change)
-        source = TokenFiles(inputs, load_tokenizer(tokenizer), documents=documents, token_dtype=token_dtype)
+        content = {"documents": documents, "token_dtype": token_dtype}
+        source = TokenFiles(inputs, load_tokenizer(tokenizer), validation=validation, **content)
         return _prepare(source, str(tokenizer), Path(output), settings, 1, report)
 
 
@@ -201,6 +210,16 @@ def _prepare(
     return manifest
 
 
+def _set_apart(validation: Sequence[str | Path], fraction: float | None) -> dict:
+    """The setting about what is validation. Which files are is part of the sources."""
+    if not validation:
+        return {"validation_fraction": VALIDATION_FRACTION if fraction is None else fraction}
+    if fraction is not None:
+        found = f"--validation-fraction {fraction}"
+        raise InputError("--validation says what is validation", found=found, change="leave out one of the two")
+    return {"validation": "files"}
+
+
 def _stored(format: str, row_tokens: int | None, shard_bytes: int) -> dict:
     """The settings about how a corpus is stored. Those of MDS do not name it: it was the only format once."""
     settings = {"row_tokens": row_tokens, "shard_bytes": shard_bytes}
@@ -208,7 +227,7 @@ def _stored(format: str, row_tokens: int | None, shard_bytes: int) -> dict:
 
 
 def _check(settings: dict, workers: int) -> None:
-    if not 0 < settings["validation_fraction"] < 1:
+    if not 0 < settings.get("validation_fraction", VALIDATION_FRACTION) < 1:
         change = "give a share between 0 and 1, such as 0.05; both splits need text"
         raise InputError("impossible --validation-fraction", found=str(settings["validation_fraction"]), change=change)
     if (format := settings.get("format", "mds")) not in FORMATS:
@@ -270,7 +289,7 @@ def _plan(
         if tokenizer.hash != journal.plan["tokenizer_hash"]:
             raise InputError(f"{folder} was changed since", change=f"delete {output} and start again")
         return tokenizer, Split(**journal.plan["split"])
-    split = choose_split(source, settings["validation_fraction"])
+    split = choose_split(source, settings.get("validation_fraction"))
     if split.cut is not None and isinstance(source, TokenFiles):
         change = "check that the tokenizer's EOS is the id that ends documents in these files"
         raise InputError("all tokens are one document, so none can be set apart for validation", change=change)
@@ -282,8 +301,7 @@ def _plan(
     if settings["tokenizer"] not in (tokenizer.hash, f"train:{tokenizer.vocab_size}"):
         report.note(f"this text is enough for a vocabulary of {tokenizer.vocab_size} ids only")
     tokenizer.save(folder)
-    plan = {"tokenizer_hash": tokenizer.hash, "split": {"threshold": split.threshold, "cut": split.cut}}
-    journal.append({"plan": plan})
+    journal.append({"plan": {"tokenizer_hash": tokenizer.hash, "split": asdict(split)}})
     return tokenizer, split
 
 

@@ -9,7 +9,14 @@ import sys
 from braid.data_pipeline.estimate import Estimate
 from braid.data_pipeline.filters import Filters
 from braid.data_pipeline.formats import FORMATS
-from braid.data_pipeline.prepare import EMBEDDED_VOCAB_SIZE, estimate, prepare, prepare_embedded, prepare_tokens
+from braid.data_pipeline.prepare import (
+    EMBEDDED_VOCAB_SIZE,
+    VALIDATION_FRACTION,
+    estimate,
+    prepare,
+    prepare_embedded,
+    prepare_tokens,
+)
 from braid.data_pipeline.readers import ENDINGS
 from braid.kernels.errors import InputError
 
@@ -49,7 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-bytes", type=int, metavar="N", help="leave out longer ones")
     add("--deduplicate", action="store_true", help="of documents with the same text, keep the first")
     add("--filter", metavar="MODULE:FUNCTION", help="keep the documents for whose text (pairs: texts) it returns True")
-    add("--validation-fraction", type=float, default=0.05, metavar="F", help="share set apart for validation (0.05)")
+    add("--validation", nargs="+", metavar="INPUT", help="what is validation, given as for --input or --tokens")
+    add(
+        "--validation-fraction",
+        type=float,
+        metavar="F",
+        help=f"or the share of the documents that is ({VALIDATION_FRACTION})",
+    )
     add(
         "--format",
         default="mds",
@@ -128,9 +141,9 @@ def _from_arguments(args: argparse.Namespace) -> dict | Estimate:
         if args.separator is not None or args.text_field != "text" or args.pairs:
             change = "leave these options out: they are about the files of --input"
             raise InputError("--embedded has neither text field nor separator nor pairs", change=change)
-        if filters.settings() or args.dry_run:
+        if filters.settings() or args.dry_run or args.validation:
             change = "leave these options out: they are about --input"
-            raise InputError("--embedded has neither filters nor a dry run", change=change)
+            raise InputError("--embedded has neither filters nor a dry run nor files for validation", change=change)
         if args.tokenizer and args.vocab_size:
             change = "leave out one of the two"
             raise InputError("--vocab-size is for a tokenizer trained here, --tokenizer names another", change=change)
@@ -146,6 +159,7 @@ def _from_arguments(args: argparse.Namespace) -> dict | Estimate:
     content = {"text_field": args.text_field, "separator": separator}
     if args.pairs:
         content = {"pair_fields": (fields[0] or "source", fields[1] or "target")}
+    content["validation"] = args.validation or ()
     if args.dry_run:
         return estimate(args.input, args.tokenizer, args.output, workers=args.workers, filters=filters, **content)
     return prepare(args.input, args.tokenizer, args.output, **content, filters=filters, **common)
@@ -170,4 +184,5 @@ def _tokens_from_arguments(args: argparse.Namespace, common: dict) -> dict:
     if args.tokenizer is None:
         raise InputError("which tokenizer?", change="give the one that made the ids: --tokenizer FILE|DIR")
     options = {"documents": args.documents or "index", "token_dtype": args.token_dtype}
+    options["validation"] = args.validation or ()
     return prepare_tokens(args.tokens, args.tokenizer, args.output, **options, **common)

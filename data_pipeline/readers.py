@@ -18,7 +18,7 @@ from typing import BinaryIO, NamedTuple
 
 from braid.data_pipeline import tables
 from braid.data_pipeline.compression import COMPRESSIONS, Damaged, decompressed, without_compression
-from braid.data_pipeline.inputs import InputFile, describe, find_files, names, unreadable
+from braid.data_pipeline.inputs import InputFile, describe, find_both, names, unreadable
 from braid.data_pipeline.json_array import array_records
 from braid.kernels.errors import InputError
 
@@ -51,13 +51,17 @@ class TextFiles:
     `files`: see `InputFile`; `names`: relative to the folder they share; `num_ignored`: files of other kinds met in
     folders. `total_bytes` on disk, of which `position` have been read by the last iterator that `pieces` returned.
     `pair_fields`: the fields of source and target where the files hold pairs. The two are one group.
-    Raises InputError for a path that does not exist, an empty file, a kind of file that cannot be read.
+    `validation`: inputs whose files are the validation split; they follow the others in `files`, from number
+    `first_validation` on (None without any).
+    Raises InputError for a path that does not exist, an empty file, a kind of file that cannot be read, a file that is
+    both.
     """
 
     def __init__(
         self,
         inputs: Sequence[str | Path],
         *,
+        validation: Sequence[str | Path] = (),
         text_field: str = "text",
         separator: str | None = None,
         pair_fields: tuple[str, str] | None = None,
@@ -68,7 +72,7 @@ class TextFiles:
         if pair_fields:
             self._fields = dict(zip(("source", "target"), pair_fields, strict=True))
         self.separator = separator
-        self.files, self.num_ignored = find_files(inputs, _is_readable, ENDINGS)
+        self.files, self.num_ignored, self.first_validation = find_both(inputs, validation, _is_readable, ENDINGS)
         if self.has_pairs and (plain := [file for file in self.files if _is_text(file)]):
             change = f"pairs are read from {', '.join((*TEXT_KINDS[1:], *TABLE_KINDS))} files"
             raise InputError(f"{plain[0]} holds no pairs", change=change)

@@ -23,6 +23,7 @@ class Source(Protocol):
     position: int
     num_ignored: int
     has_pairs: bool
+    first_validation: int | None
 
     def describe(self) -> list[dict]: ...
 
@@ -32,10 +33,11 @@ class Source(Protocol):
 @dataclass(frozen=True)
 class Split:
     """A group is validation when the hash of its name is at most `threshold`. A corpus of one document is cut instead:
-    what lies beyond about `cut` bytes is validation."""
+    what lies beyond about `cut` bytes is validation. Or files are: those from number `first_file` on."""
 
     threshold: int
     cut: int | None = None
+    first_file: int | None = None
 
     def assign(self, pieces: Iterator[Piece]) -> Iterator[tuple[str, Piece]]:
         """(`train` or `validation`, piece) for every piece."""
@@ -43,12 +45,19 @@ class Split:
             yield from _cut_document(pieces, self.cut)
             return
         for piece in pieces:
-            yield ("validation" if _hash(piece.group) <= self.threshold else "train"), piece
+            if self.first_file is not None:
+                is_validation = piece.file >= self.first_file
+            else:
+                is_validation = _hash(piece.group) <= self.threshold
+            yield ("validation" if is_validation else "train"), piece
 
 
-def choose_split(source: Source, fraction: float) -> Split:
+def choose_split(source: Source, fraction: float | None) -> Split:
     """A few groups are put in the order of their hashes and the first `fraction` of the bytes is taken, so both splits
-    get at least one group and about their share; of many, each is taken with probability `fraction`."""
+    get at least one group and about their share; of many, each is taken with probability `fraction`. Where the source
+    has files for validation, these are it."""
+    if source.first_validation is not None:
+        return Split(threshold=0, first_file=source.first_validation)
     sizes: dict[int, int] = {}
     documents: set[str] = set()
     for piece in source.pieces():

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from braid.data_pipeline.inputs import file_hash, file_size
+from braid.data_pipeline.inputs import both, file_hash, file_size
 from braid.data_pipeline.tokenizers import Tokenizer
 from braid.kernels.errors import InputError
 
@@ -55,7 +55,8 @@ class TokenFiles:
     """The stores that `inputs` (files, folders, glob patterns) stand for, as a source of `TokenPiece`s.
 
     documents: `index`, documents end where the store's index (or rows) says and at EOS; `eos`, at EOS alone, for stores
-    whose rows are cut from one long text. token_dtype: of flat files without an index.
+    whose rows are cut from one long text. token_dtype: of flat files without an index. validation and first_validation:
+    see `readers.TextFiles`.
     Raises InputError for what cannot be read, is cut off, or does not fit the tokenizer.
     """
 
@@ -67,13 +68,18 @@ class TokenFiles:
         inputs: Sequence[str | Path],
         tokenizer: Tokenizer,
         *,
+        validation: Sequence[str | Path] = (),
         documents: str = "index",
         token_dtype: str | None = None,
     ) -> None:
         if documents not in ("index", "eos"):
             raise InputError("where documents end is not known", found=documents, change="use `index` or `eos`")
         self.tokenizer, self._at_index = tokenizer, documents == "index"
-        paths = _resolve(inputs)
+        paths, more = _resolve(inputs), _resolve(validation) if validation else []
+        if twice := sorted(str(path) for path in {*paths} & {*more}):
+            raise both(twice)
+        self.first_validation = len(paths) if more else None
+        paths += more
         self.stores = [_open_store(path, token_dtype) for path in paths]
         common = os.path.commonpath([path.parent for path in paths])
         self.names = [path.relative_to(common).as_posix() for path in paths]

@@ -221,7 +221,6 @@ def test_folders_that_are_no_corpus_are_refused(texts, tmp_path):
 CHILD = """
 import json, sys
 from braid.data_pipeline import tokenising
-from braid.data_pipeline.filters import Filters
 from braid.data_pipeline.prepare import prepare
 tokenising.BATCH_BYTES = 20_000
 if __name__ == "__main__":
@@ -253,13 +252,16 @@ def wait_for(condition, seconds: float = 60.0) -> None:
 @pytest.mark.parametrize(("workers", "kills", "format"), [(1, 5, "mds"), (2, 2, "mds"), (1, 2, "wds"), (1, 2, "flat")])
 def test_killed_at_random_moments_and_continued(tmp_path, workers, kills, format):
     texts = write_texts(tmp_path / "texts", 1000, mean_words=120)
-    options = {"row_tokens": 1000, "shard_bytes": 8000, "format": format}
-    prepare([texts], "train:300", tmp_path / "once", progress=False, **options)
+    options = {"row_tokens": 1000, "shard_bytes": 8000, "format": format, "inputs": [str(texts)]}
+    if format == "flat":
+        options |= {"inputs": [str(texts / name) for name in ("0.jsonl", "long.txt")]}
+        options |= {"validation": [str(texts / "1.jsonl")]}
+    prepare(tokenizer="train:300", output=tmp_path / "once", progress=False, **options)
     num_shards = len(list((tmp_path / "once").rglob("shard.*")))
     assert num_shards > 60
 
     output = tmp_path / "killed"
-    arguments = {"inputs": [str(texts)], "tokenizer": "train:300", "output": str(output), "workers": workers, **options}
+    arguments = {"tokenizer": "train:300", "output": str(output), "workers": workers, **options}
     randomly = random.Random(workers)
     finished = 0  # lines in the journal: what is prepared, the plan, the shards
     for number in range(kills):
@@ -446,6 +448,7 @@ def test_command_understands_escapes_in_the_separator(tmp_path, run_braid):
         (("--embedded", "--tokenizer", "bytes", "--vocab-size", "500"), "--vocab-size is for a tokenizer trained here"),
         (("--embedded", "--separator", "x"), "neither text field nor separator"),
         (("--embedded", "--vocab-size", "0"), "too small for a byte-level BPE"),
+        (("--embedded", "--validation", "a.txt"), "nor files for validation"),
         (("--input", "a.txt", "--tokenizer", "bytes"), "the input a.txt does not exist"),
     ],
 )

@@ -16,6 +16,7 @@ class Texts:
     documents: list[list[str]]
     groups: list[str] | None = None
     read: int = 0
+    first_validation: int | None = None
 
     def pieces(self, first_file: int = 0):
         self.read = 0

@@ -194,6 +194,16 @@ def test_a_corpus_of_tokens(tmp_path, tokenizer, ids, format):
     assert tree(tmp_path / "out") == before
 
 
+def test_a_store_for_validation(tmp_path, tokenizer, ids):
+    write_megatron(tmp_path / "a.bin", [[document] for document in ids[:-9]])
+    write_megatron(tmp_path / "b.bin", [[document] for document in ids[-9:]])
+    prepare_tokens([tmp_path / "a.bin"], tokenizer, tmp_path / "out", validation=[tmp_path / "b.bin"], **SMALL)
+    assert stored_documents(tmp_path / "out", "train") == ids[:-9]
+    assert stored_documents(tmp_path / "out", "validation") == ids[-9:]
+    with pytest.raises(InputError, match="for training and for validation"):
+        prepare_tokens([tmp_path / "*.bin"], tokenizer, tmp_path / "x", validation=[tmp_path / "b.bin"], **SMALL)
+
+
 @pytest.mark.parametrize("stop_after", [1, 60, 150, 290])
 def test_interrupted_and_continued_gives_the_same_bytes(tmp_path, tokenizer, ids, monkeypatch, stop_after):
     monkeypatch.setattr(token_stores, "PIECE_TOKENS", 50)
