@@ -17,6 +17,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,6 +40,16 @@ ROWS: dict[str, list[str]] = {
     "ELF": ["objective.name=elf", "model.cond_dim=128", "optimizer.name=muon", "sampling.sampler=sde_marginal"],
 }
 """Row -> overrides of the recipe `compare_base`; {NAME} is the run of another row, which is trained before."""
+
+OTHER_SAMPLERS: dict[str, dict[str, Callable[[int], list[str]]]] = {
+    "Di-LADD": {
+        "all codes first": lambda calls: (
+            f"--sampler sequential --latent-steps {calls // 2} --steps {calls // 2}".split()
+        )
+    },
+}
+"""Row -> name -> options of `braid sample` that make samples in a number of network calls: another way to sample the
+model of a row, judged beside the row's own."""
 
 HEADLINES = ("nll", "bound", "token_bound")
 """The figure that stands for a row: what the tokens cost. Of joint models the bound whose latents come from the visible
@@ -119,6 +130,20 @@ def main() -> None:
             braid("evaluate", runs[name], "--metrics", "bound,generative", "--sequences", args.sequences, "--draws", 4,
                   "--judge", judge, *steps, "--samples", args.samples, "--json", evaluation,
                   log=runs[name].with_suffix(".log"), threads=threads)  # fmt: skip
+        for other, options in OTHER_SAMPLERS.get(name, {}).items():
+            evaluate_sampler(runs[name], other, options)
+
+    def evaluate_sampler(run: Path, other: str, options: Callable[[int], list[str]]) -> None:
+        evaluation = sampler_file(run, other)
+        if evaluation.exists():
+            return
+        files = []
+        for calls in args.sample_steps.split(","):
+            files += ["--samples-file", evaluation.with_suffix(f".{calls}.jsonl")]
+            braid("sample", run, "--num", args.samples, *options(int(calls)), "--output", files[-1],
+                  log=run.with_suffix(".log"), threads=threads)  # fmt: skip
+        braid("evaluate", run, "--metrics", "generative", "--judge", judge, *files, "--samples", args.samples,
+              "--json", evaluation, log=run.with_suffix(".log"), threads=threads)  # fmt: skip
 
     if not args.table_only:
         braid("prepare", "--input", *args.input, "--tokenizer", args.tokenizer, "--output", data,
@@ -134,10 +159,26 @@ def main() -> None:
             time(name)
     results = [row(name, run, json.loads((run / "comparison.json").read_text()))
                for name, run in runs.items() if name in rows and (run / "comparison.json").exists()]  # fmt: skip
+    for name, run in runs.items():
+        for other in OTHER_SAMPLERS.get(name, {}):
+            if name in rows and sampler_file(run, other).exists():
+                results.append(sampler_row(f"{name}, {other}", json.loads(sampler_file(run, other).read_text())))
     (args.work / "table.json").write_text(json.dumps(results, indent=2) + "\n")
     text = table(results)
     (args.work / "table.md").write_text(text)
     print(text)
+
+
+def sampler_file(run: Path, other: str) -> Path:
+    """Where the evaluation of another sampler of a run is."""
+    return run / f"comparison_{other.replace(' ', '_')}.json"
+
+
+def sampler_row(name: str, evaluation: dict) -> dict:
+    """One line of the table for a sampler: its samples, by network calls, and nothing of the model's."""
+    judged = [entry for entry in evaluation["generative"] if entry["name"] != "data"]
+    generative = [entry | {"steps": round(entry["network_calls"])} for entry in judged]
+    return {"name": name, "bound": None, "label": "the model of the row", "generative": generative}
 
 
 def row(name: str, run: Path, evaluation: dict) -> dict:
@@ -175,21 +216,36 @@ def table(results: list[dict]) -> str:
     """The table in Markdown; what does not exist is n/a."""
     steps = sorted({entry["steps"] for result in results for entry in result["generative"] if entry.get("steps")})
     head = ["system", "nats per token", "bits per byte", "joint NELBO"]
-    head += [f"judge perplexity (entropy), {s} steps" for s in steps]
+    head += [f"judge perplexity (entropy of what it read), {s} steps" for s in steps]
     head += ["tokens/s", "parameters", "of a frozen encoder"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for result in results:
         by_steps = {entry["steps"]: entry for entry in result["generative"] if entry["name"] != "data"}
+        is_model = "parameters" in result
         cells = [result["name"]]
-        cells += [f"{result['bound']:.3f} ± {result['standard_error']:.3f}" if result["bound"] is not None else "n/a"]
-        cells += [f"{result['bits_per_byte']:.3f}" if result["bits_per_byte"] is not None else "n/a"]
-        cells += [f"{result['joint_nelbo']:.2f}" if result["joint_nelbo"] is not None else "-"]
-        for s in steps:
-            entry = by_steps.get(s, by_steps.get(None))
-            cells.append(f"{entry['perplexity']:.0f} ({entry['entropy']:.2f})" if entry else "n/a")
-        cells += [f"{result['tokens_per_second']:.0f}", f"{result['parameters']:,}", f"{result['frozen_parameters']:,}"]
+        if result["bound"] is not None:
+            cells.append(f"{result['bound']:.3f} ± {result['standard_error']:.3f}")
+        else:
+            cells.append("n/a" if is_model else "-")
+        cells.append(_figure(result.get("bits_per_byte"), ".3f", "n/a" if is_model else "-"))
+        cells.append(_figure(result.get("joint_nelbo"), ".2f"))
+        cells += [_judged(by_steps.get(s, by_steps.get(None))) for s in steps]
+        for name, form in (("tokens_per_second", ".0f"), ("parameters", ","), ("frozen_parameters", ",")):
+            cells.append(_figure(result.get(name), form))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _figure(value: float | None, form: str, missing: str = "-") -> str:
+    return missing if value is None else format(value, form)
+
+
+def _judged(entry: dict | None) -> str:
+    """Perplexity with its standard error, and the entropy of the same tokens."""
+    if entry is None or entry["perplexity"] is None:
+        return "n/a"
+    error = entry["perplexity"] * entry["standard_error"]
+    return f"{entry['perplexity']:.0f} ± {error:.0f} ({entry['judge_entropy']:.2f})"
 
 
 if __name__ == "__main__":

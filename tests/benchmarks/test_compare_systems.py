@@ -31,3 +31,41 @@ def test_elf_is_trained_and_sampled_as_it_can_be():
     """Muon as published, and an SDE that keeps the marginals: the released one does not at few steps."""
     elf = load_config("compare_base", ROWS["ELF"])
     assert (elf.optimizer.name, elf.sampling.sampler) == ("muon", "sde_marginal")
+
+
+def test_the_table_says_what_there_is_and_what_there_is_not():
+    def judged(steps, perplexity):
+        return {
+            "name": "samples",
+            "steps": steps,
+            "perplexity": perplexity,
+            "standard_error": 0.1,
+            "judge_entropy": 4.5,
+        }
+
+    bound = {"bound": 6.5, "standard_error": 0.1, "bits_per_byte": 2.5, "joint_nelbo": None}
+    speed = {"tokens_per_second": 2500.4, "parameters": 13_000_000, "frozen_parameters": 0}
+    none = {"bound": None, "standard_error": None, "bits_per_byte": None, "joint_nelbo": None}
+    evaluation = {"generative": [{"name": "data"} | judged(None, 250), judged(4, 800) | {"network_calls": 8.0}]}
+    evaluation["generative"][0]["name"] = "data"
+    lines = compare_systems.table(
+        [
+            {"name": "MDLM", "generative": [judged(8, 1000), judged(32, 500)], **bound, **speed},
+            {"name": "ELF", "generative": [judged(8, None)], **none, **speed},
+            compare_systems.sampler_row("MDLM, otherwise", evaluation),
+        ]
+    ).splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert rows[0] == [
+        "MDLM",
+        "6.500 ± 0.100",
+        "2.500",
+        "-",
+        "1000 ± 100 (4.50)",
+        "500 ± 50 (4.50)",
+        "2500",
+        "13,000,000",
+        "0",
+    ]
+    assert rows[1][:6] == ["ELF", "n/a", "n/a", "-", "n/a", "n/a"]
+    assert rows[2] == ["MDLM, otherwise", "-", "-", "-", "800 ± 80 (4.50)", "n/a", "-", "-", "-"]
