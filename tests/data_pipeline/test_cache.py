@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from small_corpus import build, damage, texts
-from stores import FaultyServer
 
 from braid.data_pipeline import cache as cache_module
 from braid.data_pipeline.cache import FetchingAhead, locked
@@ -42,13 +41,6 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     build(folder, texts(120, 40), block=100, shard_bytes=1500)
     return folder
-
-
-@pytest.fixture
-def server(folder):
-    server = FaultyServer(folder)
-    yield server
-    server.stop()
 
 
 def opened(url, tmp_path, **fetching) -> TokenCorpus:

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 import xxhash
+from refused import error
 
 from braid.data_pipeline import inputs
 from braid.data_pipeline.prepare import prepare
 from braid.data_pipeline.readers import TextFiles, documents
-from braid.kernels.errors import InputError
 
 fsspec = pytest.importorskip("fsspec")
 NAMES = ("a.jsonl", "c.txt.gz", "b/2.txt", "b/10.txt", "b/deep/x.json", ".hidden/x.txt", "b/.x.txt", "b/image.png")
@@ -104,13 +104,6 @@ def http(folder):
     yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
     server.server_close()
-
-
-def error(*inputs, **options) -> str:
-    with pytest.raises(InputError) as caught:
-        list(documents(inputs, **options))
-    assert caught.value.change
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("store", ["memory", "s3"])

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import xxhash
 import zstandard
+from refused import error
 
 from braid.data_pipeline import compression, readers
 from braid.data_pipeline.readers import TextFiles, documents
-from braid.kernels.errors import InputError
 
 TEXTS = ["one\nline two\n", "  zwei, ünï 語 🙂", "three\r\n\r\n\tdrei"]
 COMPRESS = {".gz": gzip.compress, ".zst": zstandard.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
@@ -30,13 +30,6 @@ def write(path: Path, content: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(COMPRESS.get(path.suffix, bytes)(content))
     return path
-
-
-def error(*inputs, **options) -> str:
-    with pytest.raises(InputError) as caught:
-        list(documents(inputs, **options))
-    assert caught.value.change
-    return str(caught.value)
 
 
 # --- what is read ---

@@ -29,13 +29,6 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def server(folder):
-    server = FaultyServer(folder)
-    yield server
-    server.stop()
-
-
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
     monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.01)

@@ -6,9 +6,9 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+from refused import error
 
 from braid.data_pipeline.readers import TextFiles, documents
-from braid.kernels.errors import InputError
 
 pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 feather = pytest.importorskip("pyarrow.feather")
@@ -26,13 +26,6 @@ def write(table, path: Path) -> Path:
         with new(str(path), table.schema) as writer:
             writer.write_table(table, max_chunksize=100)
     return path
-
-
-def error(*inputs, **options) -> str:
-    with pytest.raises(InputError) as caught:
-        list(documents(inputs, **options))
-    assert caught.value.change
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.feather", "a.arrow", "stream.arrow"])
