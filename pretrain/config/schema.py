@@ -201,9 +201,10 @@ class SamplingConfig:
     steps: int = 64
     """Denoising steps T. Network calls are counted and printed."""
     sampler: str = ""
-    """How a step is made; empty is the objective's default. `ccdd`: ddim or ddpm; `replaid`: ddpm, ddim, dpm2m or heun;
-    `co_ladd`: joint, joint_ddpm, sequential or sequential_ddpm; `di_ladd`: joint or sequential; `elf`: sde, sde_paper,
-    sde_marginal or ode; the others have one."""
+    """How a step is made; empty is the objective's default. `ccdd`: ddim, ddpm or joint_nelbo; `replaid`: ddpm, ddim,
+    dpm2m or heun; `co_ladd`: joint, joint_ddpm, joint_nelbo, sequential, sequential_ddpm or sequential_nelbo;
+    `di_ladd`: joint or sequential; `elf`: sde, sde_paper, sde_marginal or ode; the others have one. A sampler named as
+    a bound is the one which that is about: latents spread by objective.latent_sigma around what the encoder says."""
     guidance: float = 1.0
     """`ccdd`: weight w of classifier-free guidance by the latents; 1 is none and costs one call a step, otherwise two.
     `elf`: the scale the network is told (trained in, no second call)."""

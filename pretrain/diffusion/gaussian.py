@@ -27,17 +27,27 @@ def ddim_step(z_t: Tensor, zhat: Tensor, t: float, s: float, schedule: GaussianS
     return (alpha_s - ratio * alpha_t) * zhat + ratio * z_t
 
 
-def ddpm_step(z_t: Tensor, zhat: Tensor, eps: Tensor, t: float, s: float, schedule: GaussianSchedule) -> Tensor:
-    """Ancestral step from t to s < t, right for any schedule: the posterior q(z_s | z_t, z_0 = zhat).
+def ddpm_step(
+    z_t: Tensor,
+    zhat: Tensor,
+    eps: Tensor,
+    t: float,
+    s: float,
+    schedule: GaussianSchedule,
+    latent_sigma: float = 0.0,
+) -> Tensor:
+    """Ancestral step from t to s < t, right for any schedule: q(z_s | z_t) for z_0 ~ N(zhat, latent_sigma^2 I), which
+    with latent_sigma = 0 is the posterior q(z_s | z_t, z_0 = zhat).
 
-    With a = alpha_t / alpha_s and k = sigma_t^2 - a^2 sigma_s^2:
-    mean a (sigma_s^2 / sigma_t^2) z_t + alpha_s (k / sigma_t^2) zhat, variance sigma_s^2 k / sigma_t^2.
+    With a = alpha_t / alpha_s, k = sigma_t^2 - a^2 sigma_s^2 and the variance v = sigma^2 + alpha^2 latent_sigma^2 of
+    z given zhat: mean a (v_s / v_t) z_t + alpha_s (k / v_t) zhat, variance v_s k / v_t. That is the posterior mean of
+    z_0 in the place of z_0, and its variance added.
     """
     (alpha_t, sigma_t), (alpha_s, sigma_s) = _coefficients(schedule, t), _coefficients(schedule, s)
     a = alpha_t / alpha_s
     k = sigma_t**2 - a**2 * sigma_s**2
-    deviation = math.sqrt(sigma_s**2 * k / sigma_t**2)
-    return a * (sigma_s**2 / sigma_t**2) * z_t + alpha_s * (k / sigma_t**2) * zhat + deviation * eps
+    v_t, v_s = (sigma**2 + (alpha * latent_sigma) ** 2 for alpha, sigma in ((alpha_t, sigma_t), (alpha_s, sigma_s)))
+    return a * (v_s / v_t) * z_t + alpha_s * (k / v_t) * zhat + math.sqrt(v_s * k / v_t) * eps
 
 
 def posterior_mean(z_t: Tensor, zhat: Tensor, t_B: Tensor, latent_sigma: float, schedule: GaussianSchedule) -> Tensor:

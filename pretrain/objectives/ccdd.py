@@ -73,6 +73,8 @@ class CCDD(Objective):
         self.features = config.latent_mode == "features"
         # Latents that are never noised are never generated either: the sampler encodes what is visible at every step.
         self.diffused = not self.features and config.latent_times != "clean"
+        self.tau = self.schedule.time_of_snr(1 / config.latent_sigma**2)
+        """Smallest time of the joint bound, where z_t is as far from z_0 as z_0 from E(x)."""
         self.figures = self._figures()
 
     # -- the network and its times -----------------------------------------------------------------------------
@@ -208,11 +210,14 @@ class CCDD(Objective):
         config, leaky = self.config, self.encoder.leaky
         equal_times = "; both strands at one time, as in the sampler" if config.latent_times == "independent" else ""
         token = "discrete NELBO at p_r = 1, t in [1e-5, 1]" + equal_times
-        if not self.diffused:
+        if self.diffused:
+            token += "; of unmasking beside latents that are made anew from the visible tokens at every step, which no "
+            token += "sampler of this model does"
+        else:
             token += "; the latents are clean, and there is no joint bound because nothing generates them"
         off = "the same with z = 0, as for guidance: what the latents are worth to the trained network"
-        joint = "what joint sampling pays for: token and latent terms on t in [tau, 1], SNR(tau) = 1/s^2, and decoding "
-        joint += "both strands at tau" + equal_times
+        joint = "what the sampler joint_nelbo pays for in many steps: token and latent terms on t in [tau, 1], "
+        joint += "SNR(tau) = 1/s^2, and decoding both strands at tau" + equal_times
         law = f"q(z|x) = N(E(x), {config.latent_sigma:g}^2 I)"
         if leaky:
             bar = "; a run with a leaky encoder reports no bound"
@@ -268,8 +273,7 @@ class CCDD(Objective):
         network estimates E(x); the latent z_0 the bound is about is E(x) plus noise of deviation s, whose posterior
         mean follows in closed form.
         """
-        s = self.config.latent_sigma
-        tau = self.schedule.time_of_snr(1 / s**2)
+        s, tau = self.config.latent_sigma, self.tau
         times, density = log_uniform_mixture(noise.strata, tau)
         z_0 = self._clean(batch) + s * noise.normals(batch.tokens.shape[1], self.encoder.latent_dim, purpose="z_0")
         nats, error = self._joint_errors(batch, noise, times, z_0)

@@ -80,14 +80,13 @@ class CoLADD(LADD):
 
     def _figures(self) -> tuple[Figure, ...]:
         latents = f"q(y_0|x) = N(E(x), {self.config.latent_sigma:g}^2 I)"
-        note = "latent, token and prior terms, t in [1e-5, 1], for ancestral sampling in many steps"
+        note = "latent, token and prior terms, t in [1e-5, 1]"
         if self.latent_denoiser is not None:
-            note = "of the latents' own denoiser; " + note
-            sequential = sequential_figure(latents, note)
+            sequential = sequential_figure(latents, "of the latents' own denoiser; " + note, "sequential_nelbo")
             return (TOKEN_BOUND, LATENTS_OFF, sequential, given_latents_figure("sequential"))
-        figures = [TOKEN_BOUND, LATENTS_OFF, joint_figure(latents, note), given_latents_figure("joint")]
+        figures = [TOKEN_BOUND, LATENTS_OFF, joint_figure(latents, note, "joint_nelbo"), given_latents_figure("joint")]
         if self.config.independent_times:
-            figures.append(sequential_figure(latents, note))
+            figures.append(sequential_figure(latents, note, "sequential_nelbo"))
         return tuple(figures)
 
     # -- training ----------------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@ arXiv 2510.18114. Plain losses, as published: cross-entropies of masked tokens (
 without weights over time; tokens and codes have independent times, so that one network can be sampled on both paths.
 The codes are a function of the text, so both NELBOs bound the text's likelihood without an entropy term.
 
-Not here: the Gumbel form of the learned encoder (its codes are random, which a bound would have to pay for), and the
-contrastive and conditional-independence losses, off in the published text runs.
+With the learned encoder the codes are its nearest vectors, or drawn by Gumbel noise in training and the most probable
+in evaluation. The release's contrastive loss, off in the published text runs, is not here.
 """
 
 from __future__ import annotations
@@ -87,9 +87,9 @@ class DiLADD(LADD):
     def _figures(self) -> tuple[Figure, ...]:
         kind = "learned" if self.encoder is None else "frozen"
         latents, note = "codes a function of the text", f"codes by the {kind} encoder; t in [1e-5, 1]"
-        figures = [joint_figure(latents, note)]
+        figures = [joint_figure(latents, note, "joint")]
         if self.config.independent_times:
-            figures += [sequential_figure(latents, note)]
+            figures += [sequential_figure(latents, note, "sequential")]
         figures += [
             given_latents_figure("sequential" if self.config.independent_times else "joint"),
             TOKEN_BOUND,

@@ -44,7 +44,8 @@ TOKEN_BOUND = Figure(
     "token_bound",
     "token bound, latents from visible tokens only",
     True,
-    "discrete NELBO, t in [1e-5, 1]; the encoder reads what is visible and is part of the model",
+    "discrete NELBO, t in [1e-5, 1]; of unmasking beside what the encoder, part of the model, says of the visible "
+    "tokens at every step, which no sampler here does",
 )
 LATENTS_OFF = Figure(
     "token_bound_latents_off",
@@ -54,13 +55,15 @@ LATENTS_OFF = Figure(
 )
 
 
-def joint_figure(latents: str, note: str) -> Figure:
-    """The bound of sampling both strands at equal times."""
+def joint_figure(latents: str, note: str, sampler: str) -> Figure:
+    """The bound of sampling both strands at equal times, as `sampler` does."""
+    note = f"{note}; of the sampler {sampler} in many steps"
     return Figure("joint_nelbo", f"joint NELBO of tokens and latents, {latents}", True, note)
 
 
-def sequential_figure(latents: str, note: str) -> Figure:
-    """The bound of sampling the latents before the text."""
+def sequential_figure(latents: str, note: str, sampler: str) -> Figure:
+    """The bound of sampling the latents before the text, as `sampler` does."""
+    note = f"{note}; of the sampler {sampler} in many steps"
     return Figure("sequential_nelbo", f"NELBO of the latents, then the tokens, {latents}", True, note)
 
 

@@ -1,5 +1,9 @@
 """Joint sampling of CCDD: ancestral for the masked tokens, DDIM or DDPM for the latents, from the same network call.
 
+    ddim, ddpm    the process of z_0 = E(x), on an even grid from t = 1 to 0
+    joint_nelbo   what the bound of this name is about: ancestral steps of q(z_0|x) = N(E(x), latent_sigma^2 I), on an
+                  even grid from 1 to the bound's smallest time tau, where the last call decodes all that is left
+
 Both strands follow one grid of times. Guidance by the latents costs a second call a step:
 w logits(x, z) + (1 - w) logits(x, 0). Where latents are not diffused (clean, or features of the visible tokens) they
 are not generated: the encoder reads the visible tokens anew before each call. Its own calls are not counted.
@@ -38,7 +42,7 @@ def sample(objective: CCDD, prompt: Prompt, draws: Draws) -> Tensor:
 
 def _jointly(objective: CCDD, tokens: Tensor, prompt: Prompt, draws: Draws) -> Tensor:
     latents = _Latents(objective, prompt, draws)
-    times = draws.times(draws.settings.steps)
+    times = draws.times(draws.settings.steps, objective.tau if draws.sampler == "joint_nelbo" else 0.0)
     everyone = torch.ones_like(prompt.known[:, 0])
     for step, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
         logits, unguided, zhat = _predict(objective, tokens, latents.z, t, draws, everyone)
@@ -93,6 +97,7 @@ class _Latents:
 
     def __init__(self, objective: CCDD, prompt: Prompt, draws: Draws) -> None:
         self.schedule, self.draws = objective.schedule, draws
+        self.sigma = objective.config.latent_sigma if draws.sampler == "joint_nelbo" else 0.0
         self.known = prompt.known[..., None]
         self.clean = objective.encoder.encode(prompt.tokens, ~prompt.known)
         self.eps = draws.fixed_normals(draws.length, objective.encoder.latent_dim)
@@ -102,7 +107,8 @@ class _Latents:
         if self.draws.sampler == "ddim":
             z = ddim_step(self.z, zhat, t, s, self.schedule)
         else:
-            z = ddpm_step(self.z, zhat, self.draws.normals(step, *zhat.shape[1:]), t, s, self.schedule)
+            eps = self.draws.normals(step, *zhat.shape[1:])
+            z = ddpm_step(self.z, zhat, eps, t, s, self.schedule, self.sigma)
         time = self.draws.batch_times(s)
         pinned = noised(self.clean, self.eps, self.schedule.alpha(time), self.schedule.sigma(time))
         self.z = torch.where(self.known, pinned, z)

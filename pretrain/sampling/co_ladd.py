@@ -1,8 +1,10 @@
 """Sampling Co-LADD: `joint` (tokens and latents from the same calls) or `sequential` (all latents, then the text).
 
-Latents move by DDIM, or by ancestral steps where the sampler's name ends in `_ddpm`. Their last state is y at t = 0 of
-the process, which keeps a trace of noise (variance time_eps), as the network has seen them there. A denoiser of the
-latents' own sees no text, so it cannot make them fit a prompt.
+Latents move by DDIM, or by ancestral steps where the sampler's name ends in `_ddpm` (those of y_0 = E(x)) or in
+`_nelbo` (those of q(y_0|x) = N(E(x), latent_sigma^2 I), the process that the bound of this name is about; at
+latent_sigma = 0 they are the same). Their last state is y at t = 0 of the process, which keeps a trace of noise
+(variance time_eps), as the network has seen them there. A denoiser of the latents' own sees no text, so it cannot make
+them fit a prompt.
 """
 
 from __future__ import annotations
@@ -63,6 +65,7 @@ def _sequential(objective: CoLADD, tokens: Tensor, latents: Tensor, draws: Draws
 def _latent_step(
     objective: CoLADD, latents: Tensor, yhat: Tensor, t: float, s: float, step: int, draws: Draws
 ) -> Tensor:
-    if draws.sampler.endswith("_ddpm"):
-        return ddpm_step(latents, yhat, draws.normals(step, *yhat.shape[1:]), t, s, objective.schedule)
-    return ddim_step(latents, yhat, t, s, objective.schedule)
+    if draws.sampler in ("joint", "sequential"):
+        return ddim_step(latents, yhat, t, s, objective.schedule)
+    sigma = objective.config.latent_sigma if draws.sampler.endswith("_nelbo") else 0.0
+    return ddpm_step(latents, yhat, draws.normals(step, *yhat.shape[1:]), t, s, objective.schedule, sigma)

@@ -43,8 +43,11 @@ class Draws:
         self.positions = torch.arange(self.length, device=self.device)
         self.num_calls = torch.zeros(len(self.ordinals), dtype=torch.int64, device=self.device)
 
-    def times(self, num_steps: int) -> list[float]:
-        """The grid 1 = t_0 > ... > t_steps = 0, evenly spaced: `num_steps` + 1 times."""
+    def times(self, num_steps: int, last: float = 0.0) -> list[float]:
+        """The grid 1 = t_0 > ... > t_steps = 0, evenly spaced: `num_steps` + 1 times. Or evenly down to `last`, the
+        time of the last call, and from there to 0."""
+        if last > 0:
+            return [*torch.linspace(1, last, num_steps, dtype=torch.float64).tolist(), 0.0]
         return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64).tolist()
 
     def batch_times(self, t: float) -> Tensor:

@@ -76,7 +76,8 @@ class CCDDConfig:
     time_eps: float = 1e-4
     """Training times are mapped to [eps, 1 - eps]."""
     latent_sigma: float = 0.1
-    """Standard deviation s of q(z_0|x) = N(E(x), s^2 I), for the true joint bound only."""
+    """Standard deviation s of q(z_0|x) = N(E(x), s^2 I), for the true joint bound and the sampler it is about,
+    `joint_nelbo`."""
     leaky_encoder: bool = False
     """The released code's encoding (encode the clean text, zero outputs afterwards). It lets hidden tokens leak, so no
     number of such a run is called a bound. For reproduction only."""

@@ -48,7 +48,8 @@ class CoLADDConfig(LADDConfig):
     latent_dropout: float = 0.15
     """Probability that a sequence trains without latents (y = 0, latent loss off)."""
     latent_sigma: float = 0.02
-    """Standard deviation s of q(y_0|x) = N(E(x), s^2 I), for the joint bounds only; 0 leaves y_0 = E(x)."""
+    """Standard deviation s of q(y_0|x) = N(E(x), s^2 I), for the joint bounds and the samplers they are about,
+    `joint_nelbo` and `sequential_nelbo`; 0 leaves y_0 = E(x)."""
 
 
 def check(check: Check, config: Config) -> None:

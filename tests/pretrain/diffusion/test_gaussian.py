@@ -61,9 +61,11 @@ def test_the_swapped_ddpm_step_would_fail_the_oracle_test():
     assert not abs(samples.std() / STD - 1) < 0.5
 
 
+@pytest.mark.parametrize("latent_sigma", [0.0, 0.3])
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_ddpm_step_is_the_posterior(name):
-    """Mean and variance of q(z_s | z_t, z_0) by Gaussian conditioning on the joint law, in float64."""
+def test_ddpm_step_is_the_posterior(name, latent_sigma):
+    """Mean and variance of q(z_s | z_t) for z_0 ~ N(m, latent_sigma^2) by Gaussian conditioning on the joint law, in
+    float64: that of q(z_s | z_t, z_0 = m) without a deviation."""
     schedule = GaussianSchedule(name)
     t, s, z_t, z_0 = 0.7, 0.4, torch.tensor(0.3, dtype=torch.float64), torch.tensor(-1.2, dtype=torch.float64)
     at = lambda f, x: float(f(torch.tensor(x, dtype=torch.float64)))  # noqa: E731
@@ -71,14 +73,19 @@ def test_ddpm_step_is_the_posterior(name):
         at(schedule.alpha, t), at(schedule.alpha, s), at(schedule.sigma, t), at(schedule.sigma, s),
     )  # fmt: skip
     a = alpha_t / alpha_s
-    covariance = a * sigma_s**2  # Cov(z_s, z_t | z_0), because z_t = a z_s + independent noise
-    mean = alpha_s * z_0 + covariance / sigma_t**2 * (z_t - alpha_t * z_0)
-    variance = sigma_s**2 - covariance**2 / sigma_t**2
+    v_t, v_s = sigma_t**2 + alpha_t**2 * latent_sigma**2, sigma_s**2 + alpha_s**2 * latent_sigma**2
+    covariance = a * v_s  # Cov(z_s, z_t), because z_t = a z_s + independent noise
+    mean = alpha_s * z_0 + covariance / v_t * (z_t - alpha_t * z_0)
+    variance = v_s - covariance**2 / v_t
     zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
-    middle = ddpm_step(z_t, z_0, zero, t, s, schedule)
+    middle = ddpm_step(z_t, z_0, zero, t, s, schedule, latent_sigma)
     assert middle.item() == pytest.approx(mean.item(), rel=1e-12)
-    deviation = ddpm_step(z_t, z_0, one, t, s, schedule) - middle
+    deviation = ddpm_step(z_t, z_0, one, t, s, schedule, latent_sigma) - middle
     assert deviation.item() ** 2 == pytest.approx(variance, rel=1e-10)
+    if latent_sigma:  # the same from the posterior of z_0, whose mean the bound's error is about
+        at_t = torch.tensor([t], dtype=torch.float64)
+        estimate = posterior_mean(z_t.view(1, 1, 1), z_0.view(1, 1, 1), at_t, latent_sigma, schedule).squeeze()
+        assert ddpm_step(z_t, estimate, zero, t, s, schedule).item() == pytest.approx(middle.item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
