@@ -175,13 +175,18 @@ def ledger_of(loaders: list[Loader], file: Path, num_steps: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_ledger_over_layouts_and_kills(folders, tmp_path):
-    """1 -> 2 -> 4 -> 3 ranks, 0, 1 and 2 workers, killed after each, resumed from the last state before the kill, over
-    two changes of weights: the rows of an uninterrupted run on one rank, in its order."""
-    rows, seen, state = open_rows(folders), [], None
-    stages = (Stage.weighted(0, WEIGHTS), Stage.weighted(100, {"math": 1, "code": 4}), Stage.weighted(190, WEIGHTS))
-    for part, (size, workers, num_steps) in enumerate([(1, 0, 5), (2, 2, 7), (4, 1, 5), (3, 2, 3), (1, 1, 5)]):
-        loaders = [loader(rows, rank, size, workers=workers, stages=stages) for rank in range(size)]
+@pytest.mark.parametrize("format", ["mds", "wds"])
+def test_ledger_over_layouts_and_kills(tmp_path, format):
+    """1 -> 2 -> 4 -> 3 -> 8 ranks, 0, 1 and 2 workers, killed after each, resumed from the last state before the kill,
+    over two changes of weights: the rows of an uninterrupted run on one rank, in its order."""
+    for number, (name, num) in enumerate(SIZES.items()):
+        build(tmp_path / name, texts(num, 40, seed=number), block=100, shard_bytes=1500, format=format)
+    rows, seen, state = open_rows({name: tmp_path / name for name in SIZES}), [], None
+    stages = (Stage.weighted(0, WEIGHTS), Stage.weighted(200, {"math": 1, "code": 4}), Stage.weighted(380, WEIGHTS))
+    size_of_batch = 2 * GLOBAL  # 24 can be divided by 8
+    for part, (size, workers, num_steps) in enumerate([(1, 0, 5), (2, 2, 7), (4, 1, 5), (3, 2, 3), (8, 1, 5)]):
+        options = {"workers": workers, "stages": stages, "global_batch_size": size_of_batch}
+        loaders = [loader(rows, rank, size, **options) for rank in range(size)]
         for one in loaders:
             state and one.load_state_dict(state)
         file = tmp_path / f"part-{part}.jsonl"
@@ -194,7 +199,7 @@ def test_ledger_over_layouts_and_kills(folders, tmp_path):
         last = max(number for number, line in enumerate(lines) if line["state"])
         seen += [row for line in lines[: last + 1] for row in line["rows"]]
         state = lines[last]["state"]
-    assert state["consumed"] == len(seen) == 20 * GLOBAL
+    assert state["consumed"] == len(seen) == 20 * size_of_batch
     whole = expected_rows(rows, order_of(rows, *stages), len(seen))
     assert seen == [hashlib.sha256(row.tobytes()).hexdigest() for row in whole]
 
