@@ -214,16 +214,9 @@ class FetchingAhead:
     A shard that does not come this way is fetched by its reader, who then says what is wrong with it."""
 
     def __init__(self, shards: CachedShards, entries: Sequence[dict], num_wanted: int) -> None:
-        """num_wanted: shards that are wanted at a time, at most. Raises ConfigError when they exceed the limit."""
-        sizes = sorted((entry["bytes"] for entry in entries), reverse=True)
-        needed, limit = sum(sizes[:num_wanted]), shards.limit_bytes
-        if limit and needed > limit:
-            raise ConfigError(
-                "the cache is too small: shards would be removed before they are read",
-                found=f"data.cache_gb = {limit / 1e9:g}; two windows of data.window shards, with the shards that "
-                f"follow each, are up to {min(num_wanted, len(sizes))} shards or {needed / 1e9:g} GB",
-                change=f"data.cache_gb={needed / 1e9 * 1.01:.3g} or more, 0 for no limit, or a smaller data.window",
-            )
+        """num_wanted: shards that are wanted at a time, at most."""
+        largest = sorted((entry["bytes"] for entry in entries), reverse=True)[:num_wanted]
+        self.num_needed, self.bytes_needed, self.limit_bytes = len(largest), sum(largest), shards.limit_bytes
         self._shards, self._entries = shards, entries
         self._changed, self._wanted, self._closed = threading.Condition(), [], False
         self._threads: list[threading.Thread] = []
@@ -251,3 +244,18 @@ class FetchingAhead:
                 shard = self._wanted.pop(0)
             with suppress(BraidError):  # see above
                 self._shards.fetch_ahead(self._entries[shard])
+
+
+def check_limit(fetching: Sequence[FetchingAhead]) -> None:
+    """Raises ConfigError when what the corpora of a run need at a time does not fit the cache they share."""
+    limit = max((one.limit_bytes for one in fetching), default=0)
+    needed = sum(one.bytes_needed for one in fetching)
+    if limit and needed > limit:
+        number = sum(one.num_needed for one in fetching)
+        sources = f" of {len(fetching)} sources" if len(fetching) > 1 else ""
+        raise ConfigError(
+            "the cache is too small: shards would be removed before they are read",
+            found=f"data.cache_gb = {limit / 1e9:g}; two windows of data.window shards, with the shards that follow "
+            f"each, are up to {number} shards{sources} or {needed / 1e9:g} GB",
+            change=f"data.cache_gb={needed / 1e9 * 1.01:.3g} or more, 0 for no limit, or a smaller data.window",
+        )

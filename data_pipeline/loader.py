@@ -142,6 +142,10 @@ class Loader:
         planned: deque[np.ndarray] = deque()  # the counts after each step, perhaps one that is only read ahead
         fetching = [(number, part.corpus.fetching_ahead(self.order.window)) for number, part in enumerate(self._parts)]
         ahead = {number: threads for number, threads in fetching if threads is not None}
+        if ahead:
+            from braid.data_pipeline.cache import check_limit
+
+            check_limit([*ahead.values()])
 
         def requests() -> Iterator[np.ndarray]:
             consumed, counts, wanted = self.consumed, self._counts, {}

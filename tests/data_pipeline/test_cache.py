@@ -14,7 +14,7 @@ import pytest
 from small_corpus import build, damage, texts
 
 from braid.data_pipeline import cache as cache_module
-from braid.data_pipeline.cache import FetchingAhead, locked
+from braid.data_pipeline.cache import check_limit, locked
 from braid.data_pipeline.corpus import TokenCorpus
 from braid.data_pipeline.remote import Fetching
 from braid.kernels.errors import ConfigError, StoreFailed
@@ -197,6 +197,6 @@ def test_a_cache_that_cannot_hold_two_windows_is_refused(server, folder, tmp_pat
     sizes = sorted((path.stat().st_size for path in (folder / "train").glob("*.mds")), reverse=True)
     corpus = opened(server.url, tmp_path, cache_gb=(sum(sizes[:8]) - 1) / 1e9)
     with pytest.raises(ConfigError, match="too small") as caught:
-        corpus.fetching_ahead(window=2)
+        check_limit([corpus.fetching_ahead(window=2)])
     assert "data.cache_gb=" in caught.value.change and "8 shards" in caught.value.found
-    assert isinstance(corpus.fetching_ahead(window=1), FetchingAhead)
+    check_limit([corpus.fetching_ahead(window=1)])

@@ -16,11 +16,12 @@ from stores import FaultyServer, S3Server, environment
 
 from braid.data_pipeline.corpus import TokenCorpus
 from braid.data_pipeline.loader import Loader
+from braid.data_pipeline.mixture import MixedOrder, MixedRows, Stage
 from braid.data_pipeline.order import ShuffledOrder
 from braid.data_pipeline.packing import Rows
 from braid.data_pipeline.prepare import prepare
 from braid.data_pipeline.remote import Fetching
-from braid.kernels.errors import StoreFailed
+from braid.kernels.errors import ConfigError, StoreFailed
 
 FORMATS = ("mds", "wds")
 GLOBAL, LENGTH, WINDOW = 16, 32, 2
@@ -78,6 +79,38 @@ def test_batches_and_state_are_those_of_the_folder_and_either_continues_the_othe
     in_folder = {path.name for path in (folder / format / "train").iterdir()}
     in_cache = {path.name for path in (corpus.folder / "train").iterdir() if path.suffix not in (".lock", ".tmp")}
     assert in_cache == in_folder
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_mixture_of_a_store_and_a_folder_is_that_of_folders(store, tmp_path, workers):
+    """Two corpora share a cache that just holds what both need at a time; the run is continued in between."""
+    folder, urls = store
+    needed = [sorted((path.stat().st_size for path in (folder / "mds" / "train").glob("*.mds")), reverse=True)[:4]]
+    needed += [sorted((path.stat().st_size for path in (folder / "wds" / "train").glob("*.tar")), reverse=True)[:4]]
+    needed = sum(map(sum, needed))
+
+    def mixed(mds: str | Path, wds: str | Path, limit: int = needed) -> Loader:
+        fetching = Fetching(cache=str(tmp_path), cache_gb=limit / 1e9, timeout_s=30)
+        paths = {"mds": mds, "wds": wds}
+        rows = MixedRows(
+            {name: Rows(TokenCorpus.open(paths[name], "train", fetching=fetching), LENGTH, "wrap") for name in paths}
+        )
+        orders = {name: ShuffledOrder(part.rows_per_shard, 5, 1) for name, part in rows.parts.items()}
+        order = MixedOrder(orders, [Stage.weighted(0, {"mds": 2, "wds": 1})], 5)
+        sizes = {"global_batch_size": GLOBAL, "micro_batch_size": GLOBAL, "data_rank": 0, "data_size": 1}
+        return Loader(rows, order, workers=workers, **sizes)
+
+    here, there = mixed(folder / "mds", folder / "wds"), mixed(*urls.values())
+    num_steps = 2 * len(here.rows) // GLOBAL
+    expected = batches([here], num_steps)
+    first = batches([there], 3)
+    then = mixed(urls["mds"], folder / "wds")
+    then.load_state_dict(json.loads(json.dumps(there.state_dict())))
+    np.testing.assert_array_equal(np.concatenate([first, batches([then], num_steps - 3)]), expected)
+    assert then.state_dict() == here.state_dict()
+    with pytest.raises(ConfigError, match="the cache is too small") as caught:
+        next(iter(mixed(*urls.values(), limit=needed - 1)))
+    assert "8 shards of 2 sources" in caught.value.found
 
 
 def test_workers_read_from_a_store_through_a_small_cache(store, tmp_path):
