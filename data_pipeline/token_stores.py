@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from braid.data_pipeline.inputs import both, file_hash, file_size
+from braid.data_pipeline.remote import is_url
 from braid.data_pipeline.tokenizers import Tokenizer
 from braid.kernels.errors import InputError
 
@@ -325,6 +326,9 @@ def _resolve(inputs: Sequence[str | Path]) -> list[Path]:
     """The stores for the inputs, each once: data files, and folders of datasets."""
     found: dict[Path, None] = {}
     for given in inputs:
+        if is_url(given):
+            change = "download it first: these files are mapped into memory, which a store does not do"
+            raise InputError("--tokens reads files that lie here", found=str(given), change=change)
         matches = [str(given)]
         if not os.path.exists(given) and glob.has_magic(str(given)):
             matches = sorted(glob.glob(str(given), recursive=True))

@@ -310,6 +310,7 @@ def test_one_document_cannot_be_split(tmp_path, tokenizer):
         (("--tokens", "a.bin", "--tokenizer", "bytes", "--input", "a.txt"), "--input"),
         (("--tokens", "a.bin", "--tokenizer", "bytes", "--workers", "2"), "--workers"),
         (("--tokens", "a.bin", "--tokenizer", "bytes"), "does not exist"),
+        (("--tokens", "s3://b/a.bin", "--tokenizer", "bytes"), "download it first"),
         (("--input", "a.txt", "--tokenizer", "bytes", "--documents", "eos"), "go with --tokens"),
     ],
 )

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from braid.data_pipeline.prepare import prepare
 from braid.kernels.errors import ConfigError
 from braid.parallel.plan import ParallelConfig
 from braid.pretrain.config.load import load_config, recipes
@@ -202,6 +203,22 @@ def test_the_vocabulary_of_a_corpus_that_is_not_here(tmp_path):
     nowhere = replace(config, data=replace(config.data, path="data/embedded"))
     with pytest.raises(ConfigError, match="not known"):
         find_vocabulary(nowhere)
+
+
+def test_the_vocabulary_of_a_corpus_in_a_store(tmp_path):
+    config = load_config("mdlm_small")
+    data = replace(config.data, cache=str(tmp_path / "cache"), retries=0, timeout_s=5.0)
+
+    def of(path):
+        return find_vocabulary(replace(config, data=replace(data, path=path.as_uri())))
+
+    (tmp_path / "text.txt").write_text("some\nlines\n" * 9)
+    prepare([tmp_path / "text.txt"], "bytes", tmp_path / "corpus", progress=False)
+    assert of(tmp_path / "corpus").size == 259
+    assert of(tmp_path / "nothing-gpt2").size == 50_258
+    with pytest.raises(ConfigError, match="not known") as caught:
+        of(tmp_path / "nothing")
+    assert "manifest.json is missing" in caught.value.found
 
 
 def test_recipes_with_a_plan_are_checked_like_others():
