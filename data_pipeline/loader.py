@@ -205,10 +205,11 @@ class Loader:
         may have got other weights, and sources it did not have. Returns whether they begin a new stage here."""
         ours = self._identity()
         mixed = isinstance(self.order, MixedOrder) and isinstance(state.get("fingerprint"), dict)
+        state = {"target_tokens": {} if mixed else None} | state  # earlier versions cut no pairs
         if mixed:  # what is gone or new among the sources is the order's to judge
             common = state["fingerprint"].keys() & ours["fingerprint"].keys()
-            for by_source in (state := dict(state)), ours:
-                for name in ("fingerprint", "rows"):
+            for by_source in state, ours:
+                for name in ("fingerprint", "rows", "target_tokens"):
                     if isinstance(by_source.get(name), dict):
                         by_source[name] = {source: by_source[name].get(source) for source in sorted(common)}
         for name, value in ours.items():
@@ -265,6 +266,7 @@ class Loader:
 
     def _identity(self) -> dict:
         fingerprints = {name: part.corpus.fingerprint for name, part in self.rows.parts.items()}
+        target_tokens = {name: part.target_tokens for name, part in self.rows.parts.items()}
         return {
             "version": STATE_VERSION,
             "seed": self.order.seed,
@@ -272,6 +274,7 @@ class Loader:
             "fingerprint": fingerprints if isinstance(self.order, MixedOrder) else fingerprints[SINGLE],
             "sequence_length": self.rows.sequence_length,
             "packing": self.rows.packing,
+            "target_tokens": target_tokens if isinstance(self.order, MixedOrder) else target_tokens[SINGLE],
             **({"rows": self.rows.table_hash} if self.rows.table_hash else {}),
         }
 

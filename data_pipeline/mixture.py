@@ -154,6 +154,11 @@ class MixedRows:
         """Which tokens of these rows are given: bool [n, L]."""
         return self._rows[0].condition(rows)
 
+    def target(self, i: int) -> list[int]:
+        """The whole target of the pair of row `i`."""
+        rows, i = self._locate(i)
+        return rows.target(i)
+
     def num_bytes(self, i: int) -> float:
         """UTF-8 bytes of original text in row `i` that is learnt and scored."""
         rows, i = self._locate(i)

@@ -81,6 +81,7 @@ class Rows:
 
     rows_per_shard: int64 [shards]; a row belongs to the shard of its first stream token, and rows are numbered in the
     order of the stream, so those of shard 0 come first. table_hash: names the table of rows, None without one.
+    target_tokens: what a target keeps where pairs are cut, None where none is.
 
     Raises ConfigError for an unknown packing, a length too short for it, a corpus without pairs or with documents that
     are too long, DataExhausted when there is no whole row, InputError where a table can be neither read nor made.
@@ -119,6 +120,8 @@ class Rows:
         else:
             self._cuts = _EqualCuts(corpus, room)
         self.num_oversized = self._cuts.num_long
+        are_cut = packing == "pairs" and oversized == "cut" and self.num_oversized > 0
+        self.target_tokens = (target_tokens or sequence_length // 2) if are_cut else None
         if self._cuts.num_rows == 0:
             raise DataExhausted(
                 f"the {corpus.split} split of {corpus.source} is shorter than one row",

@@ -328,6 +328,7 @@ def test_state_of_another_run_is_refused(folder, tmp_path):
         "seed": SEED,
         "window": WINDOW,
         "packing": "wrap",
+        "target_tokens": None,
         "sequence_length": LENGTH,
         "fingerprint": rows.corpus.fingerprint,
     }
@@ -344,6 +345,8 @@ def test_state_of_another_run_is_refused(folder, tmp_path):
             other.load_state_dict(state)
         assert str(state[name]) in caught.value.found and str(other.state_dict()[name]) in caught.value.found
         assert other.consumed == 0
+    earlier = {name: value for name, value in state.items() if name != "target_tokens"}
+    assert loader(rows).load_state_dict(earlier) is False
     with pytest.raises(CheckpointError, match="version"):
         loader(rows).load_state_dict(state | {"version": 0})
     with pytest.raises(CheckpointError, match="seed"):

@@ -221,6 +221,7 @@ def test_folders_that_are_no_corpus_are_refused(texts, tmp_path):
 CHILD = """
 import json, sys
 from braid.data_pipeline import tokenising
+from braid.data_pipeline.filters import Filters
 from braid.data_pipeline.prepare import prepare
 tokenising.BATCH_BYTES = 20_000
 if __name__ == "__main__":
