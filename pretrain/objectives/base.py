@@ -56,12 +56,14 @@ class Noise:
     """Size of the global batch that `index` orders; in evaluation, the number of draws."""
     draw: int = 0
     """Number of the Monte-Carlo draw (evaluation)."""
+    first_ordinal: int = 0
+    """Where the global batch begins (training)."""
 
     @staticmethod
     def training(key: int, first_ordinal: int, global_batch_size: int, ordinals: Tensor) -> Noise:
         """Noise of the samples `ordinals` of the global batch that begins at `first_ordinal`."""
         index, shift = training_strata(key, first_ordinal, global_batch_size, ordinals)
-        return Noise(key, ordinals, index, shift, global_batch_size)
+        return Noise(key, ordinals, index, shift, global_batch_size, first_ordinal=first_ordinal)
 
     @staticmethod
     def evaluation(key: int, ordinals: Tensor, draw: int, num_draws: int) -> Noise:
@@ -146,6 +148,12 @@ class Noise:
         """One uniform in (0, 1) per sequence, float64 [B]. Number 0 belongs to the times."""
         assert which > 0
         return random.coins(self.key, self.ordinals, which=which, draw=self.draw)
+
+    def batch_coins(self, which: int) -> Tensor:
+        """One uniform in (0, 1) for the whole global batch, float64 [B]: the coin of its first sample."""
+        assert which > 0
+        first = torch.full_like(self.ordinals[:1], self.first_ordinal)
+        return random.coins(self.key, first, which=which, draw=self.draw).expand(len(self.ordinals))
 
     def dropout_key(self, num_positions: int) -> DropoutKey:
         positions = torch.arange(num_positions, device=self.ordinals.device)

@@ -112,11 +112,7 @@ class CCDD(Objective):
         latent_times = self.path(times)
         if self.diffused and config.latent_times == "independent":
             latent_times = to_range(second_strata(noise.index, noise.shift), config.time_eps, 1 - config.time_eps)
-        p_r = torch.ones_like(times)
-        if not self.features:
-            always = noise.coins(FULL_VISIBILITY_COIN) < config.full_visibility_probability
-            p_r = torch.where(always, 1.0, noise.coins(P_R_COIN))
-        corrupted = self._corrupt(batch, noise, times, latent_times, p_r)
+        corrupted = self._corrupt(batch, noise, times, latent_times, self._p_r(noise))
 
         # A strand that is dropped is hidden from the network; latents are then not learnt either, tokens are.
         latents_kept = (noise.coins(LATENT_DROPOUT_COIN) >= config.latent_dropout).float()
@@ -128,6 +124,15 @@ class CCDD(Objective):
             latent_targets=None if self.features else self._clean(batch),
             latent_weight=latents_kept,
         )
+
+    def _p_r(self, noise: Noise) -> Tensor:
+        """Probability that a masked token is hidden from the encoder, for each sequence, float64 [B]."""
+        config = self.config
+        if self.features:
+            return torch.ones_like(noise.shift)
+        coins = noise.coins if config.p_r_per == "sequence" else noise.batch_coins
+        always = coins(FULL_VISIBILITY_COIN) < config.full_visibility_probability
+        return torch.where(always, 1.0, config.p_r_max * coins(P_R_COIN))
 
     def _corrupt(self, batch: Batch, noise: Noise, times: Tensor, latent_times: Tensor, p_r: Tensor) -> JointCorrupted:
         """Mask tokens, hide masked ones from the encoder with probability p_r [B], noise what it says."""

@@ -51,7 +51,7 @@ class CCDDConfig:
     """The frozen encoder of the continuous strand."""
     latent_mode: str = "diffused"
     """`diffused`, or `features` (a control): the encoder's representations of the visible tokens are an input, clean;
-    they are neither noised nor predicted. Always p_r = 1, so `full_visibility_probability` stays at its default."""
+    they are neither noised nor predicted. Always p_r = 1, so the fields about p_r stay at their defaults."""
     latent_times: str = "shared"
     """Time of the latents: `shared` with the tokens; `independent`, drawn by itself (sampled and evaluated at the
     tokens' time); `clean`, always 0, so that latents are predicted but never noised (sampled from visible tokens, as
@@ -68,7 +68,12 @@ class CCDDConfig:
     """Factor of the latent term in the training loss."""
     full_visibility_probability: float = 0.5
     """Probability that a sequence trains at p_r = 1 (the encoder sees visible tokens only, the case the bound is
-    about); otherwise p_r is uniform on [0, 1]."""
+    about); otherwise p_r is uniform on [0, p_r_max]. The release has 0."""
+    p_r_max: float = 1.0
+    """Upper end of p_r, the probability that a masked token is hidden from the encoder. The release has 1 and names 0.9
+    and, with no likelihood in view, 0: the encoder reads the whole text."""
+    p_r_per: str = "sequence"
+    """What a p_r is drawn for, full visibility included: each `sequence`, or each global `batch` (the release)."""
     latent_dropout: float = 0.1
     """Probability that a sequence trains without latents (z = 0), for guidance at sampling."""
     token_dropout: float = 0.0
@@ -95,6 +100,11 @@ def check(check: Check, config: Config) -> None:
     check.one_of("objective.continuous_weight", ccdd.continuous_weight, CONTINUOUS_WEIGHTS)
     check.at_least("objective.continuous_scale", ccdd.continuous_scale, 0)
     check.within("objective.full_visibility_probability", ccdd.full_visibility_probability, "[]", 0, 1)
+    check.within("objective.p_r_max", ccdd.p_r_max, "[]", 0, 1)
+    check.one_of("objective.p_r_per", ccdd.p_r_per, ("sequence", "batch"))
+    if ccdd.full_visibility_probability == 1 and ccdd.p_r_max != CCDDConfig.p_r_max:
+        found = "objective.full_visibility_probability = 1: p_r is always 1"
+        check.add(f"objective.p_r_max = {ccdd.p_r_max} is ignored", found, f"objective.p_r_max={CCDDConfig.p_r_max}")
     check.within("objective.latent_dropout", ccdd.latent_dropout, "[)", 0, 1)
     check.within("objective.token_dropout", ccdd.token_dropout, "[)", 0, 1)
     check.within("objective.time_eps", ccdd.time_eps, "()", 0, 0.5)
@@ -153,6 +163,8 @@ def _check_undiffused(check: Check, config: Config) -> None:
             "continuous_scale": 1.0,
             "latent_sigma": 0.1,
             "full_visibility_probability": 0.5,
+            "p_r_max": 1.0,
+            "p_r_per": "sequence",
         }
     elif ccdd.latent_times == "clean":
         why = "objective.latent_times = 'clean' does not noise the latents"

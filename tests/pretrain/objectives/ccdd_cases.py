@@ -13,6 +13,7 @@ from braid.pretrain.config.objectives.encoder import EncoderConfig
 from braid.pretrain.config.schema import ModelConfig
 from braid.pretrain.model.encoders import Encoder, TableEncoder
 from braid.pretrain.model.huggingface_encoder import HuggingFaceEncoder, randomised
+from braid.pretrain.model.trained_encoder import NormalisedStack
 from braid.pretrain.objectives.base import Noise
 from braid.pretrain.objectives.ccdd import CCDD, build_network
 
@@ -25,11 +26,14 @@ ARCHITECTURES = {
     "moedit-1": {"architecture": "moedit", "experts": ExpertsConfig(per_token=1, balance=0.01)},
     "moedit-2": {"architecture": "moedit", "experts": ExpertsConfig(per_token=2)},
 }
-CONTEXTUAL = ("gpt2", "qwen3", "bert")
+CONTEXTUAL = ("gpt2", "qwen3", "bert", "roberta", "trained")
+NATIVE_MASK = ("bert", "roberta")
 
 
 def encoder(kind: str = "table", *, leaky: bool = False) -> Encoder:
-    """A table, or a tiny random network of a real architecture; BERT's has the corpus's mask token, the others none."""
+    """A table, or a tiny random network of a real architecture; BERT's and RoBERTa's, whose positions depend on what
+    the tokens are, have the corpus's mask token, the others none. `trained` is a T5 encoder as one of our own runs has
+    it."""
     if kind == "table":
         made = TableEncoder(initial_normal(11, "table", (VOCAB, LATENT_DIM)), mask_id=MASK, variance_floor=1e-6)
         made.leaky = leaky
@@ -40,15 +44,20 @@ def encoder(kind: str = "table", *, leaky: bool = False) -> Encoder:
     sizes |= {"intermediate_size": 24, "max_position_embeddings": 32}
     settings = {
         "bert": lambda: tf.BertConfig(**sizes, pad_token_id=1),
+        "roberta": lambda: tf.RobertaConfig(**sizes, pad_token_id=1),
+        "trained": lambda: tf.T5Config(vocab_size=VOCAB - 1, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2),
         "gpt2": lambda: tf.GPT2Config(vocab_size=VOCAB - 1, n_embd=16, n_layer=2, n_head=2, n_positions=32),
         "qwen3": lambda: tf.Qwen3Config(**sizes | {"vocab_size": VOCAB - 1}, num_key_value_heads=1, head_dim=8),
     }[kind]()
-    network = randomised(tf.AutoModel.from_config(settings).float().eval().requires_grad_(False), key=7)
+    model = tf.T5EncoderModel(settings).encoder if kind == "trained" else tf.AutoModel.from_config(settings)
+    network = randomised(model.float().eval().requires_grad_(False), key=7)
     with torch.no_grad():  # tiny networks hardly look at their neighbours; make them
         for name, parameter in network.named_parameters():
             if parameter.dim() == 2 and "embed" not in name and "wte" not in name:
                 parameter.mul_(4)
-    native = MASK if kind == "bert" else None
+    if kind == "trained":
+        network = NormalisedStack(network, initial_normal(8, "mean", (16,)), initial_normal(8, "std", (16,)).exp())
+    native = MASK if kind in NATIVE_MASK else None
     return HuggingFaceEncoder(
         network, native_mask_id=native, layer=-1, latent_dim=LATENT_DIM, mask_id=MASK, variance_floor=1e-6, leaky=leaky
     )

@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from braid.pretrain.objectives.base import Noise
+
 from .ccdd_cases import ARCHITECTURES, CONTEXTUAL, make, recorded_calls, rows, with_condition
 from .conftest import VOCAB, batch_and_noise
 
@@ -22,8 +24,10 @@ def other_tokens(tokens, where):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", ENCODERS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture, kind",
+    [("mdit", kind) for kind in ENCODERS] + [(name, "qwen3") for name in ARCHITECTURES if name != "mdit"],
+)
 def test_masked_tokens_do_not_reach_the_network(architecture, kind, mode):
     """Change every masked token, keep all randomness: the network's whole input and output stay bit for bit."""
     ccdd = make(architecture, kind, full_visibility_probability=1.0, latent_dropout=0.0, **MODES[mode])
@@ -104,6 +108,52 @@ def test_p_r_is_drawn_per_sequence():
     full = float((shares == 1).double().mean())
     assert 0.5 <= full < 0.62  # half by the coin, a few more where p_r is near 1
     assert abs(float(shares[shares < 1].mean()) - 0.45) < 0.05
+
+
+def drawn_p_r(num: int, batches: int = 1, **options) -> torch.Tensor:
+    """p_r of `batches` global batches of `num`, [batches, num]."""
+    ccdd = make(**options)
+    firsts = range(0, num * batches, num)
+    return torch.stack([
+        ccdd._p_r(Noise.training(5, first, num, torch.arange(first, first + num))) for first in firsts
+    ])  # fmt: skip
+
+
+def distance(sample: torch.Tensor, largest: float) -> float:
+    """Kolmogorov-Smirnov distance from U[0, largest], times the root of the sample's size: above 1.95 once in 1000."""
+    ordered = sample.flatten().sort().values / largest
+    steps = torch.arange(len(ordered) + 1) / len(ordered)
+    return float(torch.maximum(steps[1:] - ordered, ordered - steps[:-1]).max()) * len(ordered) ** 0.5
+
+
+RELEASED = {"full_visibility_probability": 0.0, "p_r_per": "batch"}
+
+
+@pytest.mark.parametrize("largest", [1.0, 0.9])
+def test_the_released_law_of_p_r_is_one_for_a_batch(largest):
+    """p_r ~ U[0, p_r_max], the same for all sequences of a global batch whoever has them, another in the next."""
+    values = drawn_p_r(3, 300, p_r_max=largest, **RELEASED)
+    assert (values == values[:, :1]).all() and distance(values[:, 0], largest) < 1.95
+    half = Noise.training(5, 300, 3, torch.tensor([301, 302]))
+    assert torch.equal(make(p_r_max=largest, **RELEASED)._p_r(half), values[100, 1:])
+    strata = torch.stack([Noise.training(5, first, 3, torch.tensor([first])).shift for first in range(0, 900, 3)])
+    assert abs(float(torch.corrcoef(torch.stack([strata[:, 0], values[:, 0]]))[0, 1])) < 0.2
+
+
+def test_p_r_has_the_law_of_its_fields():
+    sequences = drawn_p_r(4000, full_visibility_probability=0.0, p_r_max=0.9)
+    assert distance(sequences, 0.9) < 1.95
+    half = drawn_p_r(4000, p_r_max=0.6)
+    assert float((half == 1).double().mean()) == pytest.approx(0.5, abs=0.04) and distance(half[half < 1], 0.6) < 1.95
+    batches = drawn_p_r(2, 300, full_visibility_probability=0.25, p_r_per="batch")[:, 0]
+    assert float((batches == 1).double().mean()) == pytest.approx(0.25, abs=0.1)
+    assert distance(batches[batches < 1], 1.0) < 1.95
+
+
+def test_the_encoder_reads_the_whole_text_where_p_r_is_0():
+    """As the release does with no likelihood in view."""
+    _, shares = hidden_shares(make(p_r_max=0.0, **RELEASED), *batch_and_noise(200))
+    assert (shares[~shares.isnan()] == 0).all()
 
 
 def test_features_are_always_of_visible_tokens_only():
