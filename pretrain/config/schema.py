@@ -213,8 +213,11 @@ class SamplingConfig:
     top_p: float = 1.0
     """Nucleus: keep the smallest set of tokens with at least this mass; 1 keeps all."""
     greedy_final: bool = False
-    """`mdlm`, `duo`, `gidd`, `ccdd`, `co_ladd`, `di_ladd`: the last step takes the most probable tokens (published for
-    `mdlm`) instead of drawing them."""
+    """`mdlm`, `duo`, `gidd`, `ccdd`, `co_ladd`, `di_ladd`: the last step takes the most probable tokens instead of
+    drawing them. (MDLM's release does so with what its last draw, at t = 1e-5, leaves masked: next to nothing.)"""
+    draw_final: bool = False
+    """`elf`: the decoder's tokens are drawn at temperature 1 too, where the most probable ones are taken (published);
+    another temperature, or a nucleus below 1, draws in any case."""
     score_temperature: float = 1.0
     """`replaid`: divides the predicted noise; below 1 the samples are sharper."""
     token_guidance: float = 0.0

@@ -20,6 +20,7 @@ OPTIONS = {
     "temperature": (float, "temperature of the token distribution"),
     "top-p": (float, "nucleus: smallest token set with this mass; 1 keeps all"),
     "greedy-final": (None, "mdlm, duo, gidd, ccdd, co_ladd, di_ladd: the last step takes the most probable tokens"),
+    "draw-final": (None, "elf: the decoder's tokens are drawn at temperature 1 too"),
     "score-temperature": (float, "replaid: divides the predicted noise"),
     "token-guidance": (float, "replaid: weight of the gradient of the known tokens' log-probability"),
     "latent-steps": (int, "co_ladd, di_ladd: steps of the latents in the sequential samplers"),

@@ -51,7 +51,7 @@ def fill(
     unguided_ALV: Tensor | None = None,
 ) -> Tensor:
     """The tokens with the positions revealed up to time s drawn from the logits, which the samples `active` have (bool
-    [N], all those with anything revealed). With `greedy_final` (published) the last step takes the most probable ones.
+    [N], all those with anything revealed). With `greedy_final` the last step takes the most probable ones.
     """
     rows, columns = revealed.nonzero(as_tuple=True)
     drawn = draws.tokens(

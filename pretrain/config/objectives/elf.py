@@ -59,7 +59,9 @@ class ELFConfig:
     """For (source, target) pairs: probability that a row trains without its source, for guidance by it."""
     grid: str = "quantiles"
     """Flow times of the samplers: `quantiles` of the training times, sorted `random` draws of them (the released
-    code), or `uniform`."""
+    code), or `uniform`. The first two are better in few steps, by the paper, and narrow what is sampled: with an exact
+    denoiser of N(0, 1) the ODE's standard deviation is 0.53, 0.68 and 0.79 in 64, 256 and 1024 steps on quantiles, and
+    0.96, 0.97 and 0.98 on the uniform grid."""
 
 
 def check(check: Check, config: Config) -> None:

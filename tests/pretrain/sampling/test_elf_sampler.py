@@ -121,21 +121,31 @@ def test_an_sde_that_puts_no_noise_back_is_the_ode_bit_for_bit(sampler):
 
 
 @pytest.mark.parametrize(
-    ("sampler", "gamma"), [("ode", 1.0), ("sde", 1.0), ("sde", 2.0), ("sde_marginal", 1.0), ("sde_paper", 1.0)]
+    ("sampler", "gamma", "grid"),
+    [
+        ("ode", 1.0, "uniform"),
+        ("sde", 1.0, "uniform"),
+        ("sde", 2.0, "uniform"),
+        ("sde_marginal", 1.0, "uniform"),
+        ("sde_paper", 1.0, "uniform"),
+        ("ode", 1.0, "quantiles"),
+    ],
 )
-def test_the_law_of_the_latents_with_the_exact_denoiser(sampler, gamma):
+def test_the_law_of_the_latents_with_the_exact_denoiser(sampler, gamma, grid):
     """Latents N(0, 1): the standard deviation after 64 steps is the one that follows for the formulas without drawing
-    (test_flow.py): near 1 for the ODE and the marginal SDE, 0.32 and 0.27 for the released code's."""
-    elf = build_elf(grid="uniform")
+    (test_flow.py): near 1 for the ODE and the marginal SDE, 0.32 and 0.27 for the released code's, on an even grid."""
+    elf = build_elf(grid=grid)
     elf.network = Recorder(Says(exact_denoiser))
     draw(elf, no_prompt(400, LENGTH), steps=64, sampler=sampler, noise_scale=gamma)
     z = elf.network.calls[-1]["z"]
     variant = {"sde": "code"}.get(sampler, sampler.removeprefix("sde_"))
-    expected = sampled_std(variant, gamma, 64, floor=0.05)
+    expected = sampled_std(variant, gamma, 64, floor=0.05, kind=grid)
     assert float(z.std()) == pytest.approx(expected, rel=5 / math.sqrt(2 * z.numel()))
     assert abs(float(z.mean())) < 5 * expected / math.sqrt(z.numel())
     if sampler == "sde":
         assert float(z.std()) == pytest.approx({1.0: 0.32, 2.0: 0.27}[gamma], abs=0.01)
+    elif grid == "quantiles":
+        assert float(z.std()) == pytest.approx(0.525, abs=0.02)
     else:
         assert float(z.std()) > 0.88
 
@@ -251,6 +261,25 @@ def test_decoding_is_greedy_unless_a_temperature_or_nucleus_asks_for_draws():
     assert torch.equal(hot, draw(elf, num=40, steps=2, temperature=1.5).tokens)
     small = draw(elf, num=40, steps=2, top_p=1e-6).tokens
     assert torch.equal(small, greedy.tokens)
+
+
+def test_the_decoder_can_be_drawn_from_at_temperature_one():
+    """Frequencies of the tokens at one place against its softmax without the mask, by a chi-square statistic."""
+    logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+    class Certain(Says):
+        def forward(self, z, *given, heads) -> ELFPrediction:
+            return ELFPrediction(torch.zeros_like(z), TokenLogits.known(logits.expand(*z.shape[:2], -1).clone()))
+
+    elf = build_elf()
+    elf.network = Certain(None)
+    tokens = draw(elf, num=400, steps=1, draw_final=True).tokens
+    law = logits[:MASK].softmax(0)
+    counts = torch.bincount(tokens.flatten(), minlength=VOCAB)
+    assert counts[MASK] == 0
+    expected = tokens.numel() * law
+    assert float(((counts[:MASK] - expected).square() / expected).sum()) < 37.7, "15 degrees of freedom, once in 1000"
+    assert (draw(elf, num=4, steps=1).tokens == law.argmax()).all()
 
 
 def test_the_mask_is_never_decoded():
