@@ -49,9 +49,7 @@ def test_the_published_sizes():
     mdlm = load_config("mdlm_small")
     assert (mdlm.model.num_layers, mdlm.model.width, mdlm.model.num_heads) == (12, 768, 12)
     assert mdlm.training.steps * mdlm.training.global_batch_size * mdlm.data.sequence_length == 524_288_000_000
-    assert (mdlm.optimizer.lr, mdlm.optimizer.beta2, mdlm.training.ema_decay) == (3e-4, 0.999, 0.9999)
     lm1b, owt = load_config("ccdd_mdit_lm1b"), load_config("ccdd_mdit_owt")
     tokens = [c.training.steps * c.training.global_batch_size * c.data.sequence_length for c in (lm1b, owt)]
     assert [round(count / 1e9) for count in tokens] == [33, 131]
-    assert (lm1b.optimizer.lr, owt.optimizer.lr) == (3e-4, 5e-4)
     assert lm1b.objective == owt.objective and lm1b.objective.encoder.latent_dim == 32

@@ -76,9 +76,10 @@ def test_settings_that_go_together():
 
 @pytest.mark.parametrize("name", PAPER)
 def test_recipes_say_what_the_paper_says(name):
-    """arXiv 2605.10938, table 4 and section 5; sizes and parameter counts: test_elf_network.py."""
+    """arXiv 2605.10938, table 4 and section 5; how they train: test_published_training.py; parameters:
+    test_elf_network.py."""
     config = load_config(name)
-    model, elf, optimizer = config.model, config.objective, config.optimizer
+    model, elf = config.model, config.objective
     sizes = (model.num_layers, model.width, model.num_heads, config.training.steps, config.data.sequence_length)
     assert sizes == PAPER[name]
     for world_size in (1, 8, 16):
@@ -87,15 +88,7 @@ def test_recipes_say_what_the_paper_says(name):
     assert (elf.noise_scale, elf.time_mean, elf.time_std, elf.velocity_floor) == (2, -1.5, 0.8, 0.05)
     assert (elf.decode_probability, elf.decode_time_mean, elf.decode_time_std) == (0.2, 0.8, 0.8)
     assert (elf.guidance_min, elf.guidance_max, elf.self_condition_probability) == (0.5, 5, 0.5)
-    assert (optimizer.name, optimizer.lr, optimizer.momentum, optimizer.weight_decay) == ("muon", 2e-3, 0.95, 0)
-    assert (optimizer.beta1, optimizer.beta2, optimizer.eps, optimizer.clip_norm) == (0.9, 0.999, 1e-8, 1)
-    assert (optimizer.schedule, config.training.global_batch_size, config.training.ema_decay) == (
-        "constant",
-        512,
-        0.9999,
-    )
     paired = name in ("elf_b_wmt14", "elf_b_xsum")
-    assert optimizer.warmup_steps == (5000 if paired else 9508)
     assert elf.decode_noise_scale == (1 if paired else 5)
     sampling = config.sampling
     # 64 steps of the ODE are 64 of the SDE that puts nothing back
