@@ -23,24 +23,27 @@ KINDS = {
     "cross_entropy": ("braid.kernels.bench.cross_entropy", "losses and gradient of rows of logits, in place"),
     "sampling": ("braid.kernels.bench.sampling", "exact draws of tokens against float64 and Gumbel noise"),
     "step": ("braid.pretrain.benchmark.step", "a whole training step against plain and compiled PyTorch"),
+    "engines": ("braid.pretrain.benchmark.engines", "the same step with DeepSpeed's and Megatron-core's optimizers"),
 }
+OF_STEPS = ("step", "engines")
+"""Kinds that train a recipe."""
 SIZES = {
-    "rows": ("noising", "step"),
+    "rows": ("noising", *OF_STEPS),
     "length": ("noising",),
-    "vocab": ("noising", "head", "cross_entropy", "sampling", "step"),
-    "recipe": ("step",),
+    "vocab": ("noising", "head", "cross_entropy", "sampling", *OF_STEPS),
+    "recipe": OF_STEPS,
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = "; ".join(f"{name}: {about}" for name, (_, about) in KINDS.items())
     parser.add_argument("kind", metavar="KIND", choices=[*KINDS, "all"], help=f"{kinds}; all: each of them")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="step: fields set over the recipe")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="step, engines: fields set over the recipe")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: a GPU, if any")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: torch's choice)")
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="turns of each contender (default: 20)")
-    parser.add_argument("--recipe", default="", metavar="RECIPE", help="step: default mdlm_small")
-    parser.add_argument("--rows", type=int, default=0, metavar="N", help="noising, step: sequences")
+    parser.add_argument("--recipe", default="", metavar="RECIPE", help="step, engines: default mdlm_small")
+    parser.add_argument("--rows", type=int, default=0, metavar="N", help="noising, step, engines: sequences")
     parser.add_argument("--length", type=int, default=0, metavar="N", help="noising: positions of a sequence")
     parser.add_argument("--vocab", type=int, default=0, metavar="N", help="tokens of the vocabulary")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE")
@@ -62,7 +65,7 @@ def main(options: argparse.Namespace) -> int:
     device, found = pick_device(options.device).type, {}
     for kind in kinds:
         settings: dict[str, Any] = {name: value for name, value in sizes.items() if kind in SIZES[name]}
-        if kind == "step":
+        if kind in OF_STEPS:
             settings["overrides"] = tuple(options.overrides)
         result = importlib.import_module(KINDS[kind][0]).run(device, rounds=options.rounds, **settings)
         found[kind] = result
@@ -79,7 +82,7 @@ def main(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace, kinds: list[str], sizes: Mapping[str, Any]) -> None:
     asked = {f"--{name}": value for name, value in sizes.items() if not set(kinds) & set(SIZES[name])}
-    if options.overrides and "step" not in kinds:
+    if options.overrides and not set(OF_STEPS) & set(kinds):
         asked["key=value"] = " ".join(options.overrides)
     if asked:
         raise ConfigError(

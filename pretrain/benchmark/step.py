@@ -23,7 +23,7 @@ from braid.kernels.attention import use_attention
 from braid.kernels.bench.measure import as_json, interleaved, machine
 from braid.kernels.errors import ConfigError
 from braid.parallel.data_parallel import World
-from braid.parallel.mesh import build_mesh
+from braid.parallel.mesh import Mesh, build_mesh
 from braid.parallel.plan import ParallelConfig
 from braid.pretrain.config.load import load_config
 from braid.pretrain.config.schema import Config
@@ -63,6 +63,33 @@ def run(
     Raises ConfigError for a recipe that is not masked diffusion.
     """
     on = torch.device(device)
+    compile_plain = on.type == "cuda" if compile_plain is None else compile_plain
+    config, tokens, vocab = sized(recipe, overrides, on, vocab, rows, compile_blocks)
+    rows, length = tokens.shape
+
+    contenders = {"plain": plain_step(config, tokens, vocab, on, compiled=False)}
+    if compile_plain:
+        contenders["compiled"] = plain_step(config, tokens, vocab, on, compiled=True)
+    contenders["braid"], flops = braid_step(config, tokens, vocab, build_mesh(World.single(on), config.parallel))
+    timings = interleaved(contenders, on, rounds=rounds, warmup=3, seconds=seconds)
+    peaks = {name: _peak_memory(contender, on) for name, contender in contenders.items()}
+    use_attention("torch")
+    speeds = {name: rows * length / timing.median_ms * 1e3 for name, timing in timings.items()}
+    return {
+        "machine": machine(on),
+        "sizes": {"recipe": recipe, "overrides": list(overrides), **sizes(config, tokens, vocab)},
+        "timings": as_json(timings),
+        "tokens_per_second": speeds,
+        "speedup": {name: speeds["braid"] / speed for name, speed in speeds.items() if name != "braid"},
+        "mfu": {name: _utilisation(speed, flops, on) for name, speed in speeds.items()},
+        "peak_memory_bytes": peaks,
+    }
+
+
+def sized(
+    recipe: str, overrides: tuple[str, ...], on: torch.device, vocab: int, rows: int, compile_blocks: bool | None
+) -> tuple[Config, torch.Tensor, int]:
+    """The recipe at the sizes that are asked for, or that suit the device; tokens of that size, and their number."""
     is_gpu = on.type == "cuda"
     config = load_config(recipe, (*(() if is_gpu else (*CPU_SIZES, "run.precision=fp32")), *overrides))
     if config.objective.name != "mdlm":
@@ -73,7 +100,6 @@ def run(
         )
     vocab, rows = vocab or (50_258 if is_gpu else 4096), rows or (config.training.micro_batch_size if is_gpu else 4)
     compile_blocks = (is_gpu or config.model.compile) if compile_blocks is None else compile_blocks
-    compile_plain = is_gpu if compile_plain is None else compile_plain
     # Dropout is compared by nobody: plain torch and Braid would draw it by different means.
     config = replace(
         config,
@@ -82,36 +108,20 @@ def run(
         run=replace(config.run, device=on.type),
         training=replace(config.training, global_batch_size=rows, micro_batch_size=rows, ema_decay=0.0),
     )
-    length = config.data.sequence_length
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(vocab - 1, (rows, length), generator=generator)
+    return config, torch.randint(vocab - 1, (rows, config.data.sequence_length), generator=generator), vocab
 
-    contenders = {"plain": plain_step(config, tokens, vocab, on, compiled=False)}
-    if compile_plain:
-        contenders["compiled"] = plain_step(config, tokens, vocab, on, compiled=True)
-    contenders["braid"], flops = braid_step(config, tokens, vocab, on)
-    timings = interleaved(contenders, on, rounds=rounds, warmup=3, seconds=seconds)
-    peaks = {name: _peak_memory(contender, on) for name, contender in contenders.items()}
-    use_attention("torch")
-    speeds = {name: rows * length / timing.median_ms * 1e3 for name, timing in timings.items()}
+
+def sizes(config: Config, tokens: torch.Tensor, vocab: int) -> dict[str, Any]:
+    """What was stepped."""
     return {
-        "machine": machine(on),
-        "sizes": {
-            "recipe": recipe,
-            "overrides": list(overrides),
-            "width": config.model.width,
-            "layers": config.model.num_layers,
-            "vocab": vocab,
-            "rows": rows,
-            "length": length,
-            "precision": config.run.precision,
-            "compiled_blocks": compile_blocks,
-        },
-        "timings": as_json(timings),
-        "tokens_per_second": speeds,
-        "speedup": {name: speeds["braid"] / speed for name, speed in speeds.items() if name != "braid"},
-        "mfu": {name: _utilisation(speed, flops, on) for name, speed in speeds.items()},
-        "peak_memory_bytes": peaks,
+        "width": config.model.width,
+        "layers": config.model.num_layers,
+        "vocab": vocab,
+        "rows": tokens.shape[0],
+        "length": tokens.shape[1],
+        "precision": config.run.precision,
+        "compiled_blocks": config.model.compile,
     }
 
 
@@ -144,10 +154,11 @@ def plain_step(config: Config, tokens: torch.Tensor, vocab: int, device: torch.d
 
 
 def braid_step(
-    config: Config, tokens: torch.Tensor, vocab: int, device: torch.device
+    config: Config, tokens: torch.Tensor, vocab: int, mesh: Mesh
 ) -> tuple[Callable[[], None], TrainingFlops]:
-    """The training loop's step, and what its network counts as FLOPs of a token."""
-    mesh = build_mesh(World.single(device), ParallelConfig())
+    """The training loop's step with the engine of `config`, in one process, and what its network counts as FLOPs of a
+    token."""
+    device = mesh.world.device
     special = SimpleNamespace(vocab_size=vocab, mask_id=vocab - 1, bos_id=0, eos_id=1)
     with device:
         objective = build_objective(config, special, None, device)

@@ -56,3 +56,16 @@ def test_compiled_contenders_step_without_compiling_again():
         found = run("cpu", overrides=TINY, vocab=64, rows=2, rounds=3, compile_blocks=True, compile_plain=True)
     assert found["timings"].keys() == {"plain", "compiled", "braid"}
     assert found["sizes"]["compiled_blocks"]
+
+
+def test_engines_are_timed_beside_torch(run_braid, tmp_path):
+    words = ("bench", "engines", *TINY, "--rounds", 3, "--vocab", 64, "--rows", 2, "--device", "cpu")
+    done = run_braid(*words, "--json", "bench.json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "bench.json").read_text())["engines"]
+    assert found["left_out"] == {} and found["sizes"]["precision"] == "fp32"
+    assert list(found["timings"]) == ["plain", "Megatron", "ZeRO-1", "ZeRO-2", "ZeRO-3"]
+    plain = found["timings"]["plain"]["median_ms"]
+    for name, ratio in found["times_plain"].items():
+        assert ratio == pytest.approx(found["timings"][name]["median_ms"] / plain)
+        assert f"{found['timings'][name]['median_ms']:.3f} ms" in done.stdout
