@@ -124,7 +124,7 @@ class Backbone(Network):
 
     def probe(self, tokens_BL: Tensor) -> Tensor:
         times_B = torch.full((len(tokens_BL),), 0.5, device=tokens_BL.device)
-        return self.trunk(tokens_BL, self.condition(tokens_BL, times_B))
+        return self.probed(self.trunk(tokens_BL, self.condition(tokens_BL, times_B)))
 
     def training_flops(self, sequence_length: int) -> TrainingFlops:
         return training_flops(self.config, vocab_size=self.vocab_size, sequence_length=sequence_length)

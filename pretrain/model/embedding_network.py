@@ -116,7 +116,8 @@ class EmbeddingNetwork(Network):
     def probe(self, tokens_BL: Tensor) -> Tensor:
         inputs_BLD = self.num_dims**0.5 * self.embedding()[tokens_BL]
         level_B = torch.zeros(len(tokens_BL), device=tokens_BL.device)  # gamma = 0: as much signal as noise
-        return self.trunk(inputs_BLD, torch.zeros_like(inputs_BLD), self.time_embedding(level_B))
+        c_BC = self.region.condition(self.time_embedding(level_B))
+        return self.probed(self.trunk(inputs_BLD, torch.zeros_like(inputs_BLD), c_BC))
 
     def training_flops(self, sequence_length: int) -> TrainingFlops:
         """The backbone's, with both input layers, and with the two products of the vocabulary with the embeddings (what

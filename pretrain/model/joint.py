@@ -171,7 +171,7 @@ class JointNetwork(Network):
         c_BSC = self.condition(times_B, times_B if self.latent_time_embedding is not None else None)
         x_BLSW = self.embed(tokens_BL, latents_BLD, c_BSC) if self.stage.at_start else self.stage.incoming
         x_BLSW, _ = self.trunk(x_BLSW, c_BSC, None, None)
-        return self.strands(x_BLSW)[0] if self.stage.at_end else x_BLSW
+        return self.probed(self.strands(x_BLSW)[0] if self.stage.at_end else x_BLSW)
 
     def training_flops(self, sequence_length: int) -> TrainingFlops:
         width, cond, latent_dim = self.config.width, self.config.cond_dim, self.latent_dim

@@ -279,7 +279,7 @@ class JointDenoiser(Network):
         times_B = torch.full((len(tokens_BL),), 0.5, device=tokens_BL.device)
         latents_BSD = torch.zeros(len(tokens_BL), self.slots_here, self.latent_dim, device=tokens_BL.device)
         streams = self.trunk(tokens_BL, latents_BSD, self.condition(times_B, times_B))
-        return streams[0] if self.stage.at_end else torch.cat(streams, 1)
+        return self.probed(streams[0] if self.stage.at_end else torch.cat(streams, 1))
 
     def training_flops(self, sequence_length: int) -> TrainingFlops:
         """As model/flops.py counts: the slots' linear layers and head are spread over the tokens, and every one of the

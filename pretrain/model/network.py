@@ -81,6 +81,10 @@ class Network(nn.Module):
         of the positions that are here, where sequences are divided."""
         raise NotImplementedError
 
+    def probed(self, hidden_BLW: Tensor) -> Tensor:
+        """At the network's end all positions of the tensor axis; before another piece the state as it is."""
+        return self.region.leave(hidden_BLW) if self.stage.at_end else hidden_BLW
+
     def training_flops(self, sequence_length: int) -> TrainingFlops:
         """Model FLOPs per token of one forward and backward pass."""
         raise NotImplementedError

@@ -39,7 +39,6 @@ from braid.pretrain.evaluation.mixture import mixed_estimates, of_sources, seque
 from braid.pretrain.model.flops import mfu
 from braid.pretrain.model.fp8 import use_fp8
 from braid.pretrain.model.network import parameter_counts
-from braid.pretrain.model.probe import check_direction
 from braid.pretrain.objectives.base import Noise
 from braid.pretrain.objectives.build import build_objective, build_stage, training_encoder
 from braid.pretrain.report.environment import collect_environment
@@ -51,6 +50,7 @@ from braid.pretrain.telemetry.progress import ProgressMeter, format_line
 from braid.pretrain.telemetry.wandb_sink import WandbSink
 
 from .data import describe_data, open_rows, training_order
+from .direction import check_passes
 from .ema import EMA
 from .engines import build_engine
 from .gradients import Gradients
@@ -97,12 +97,8 @@ class Trainer:
         if config.accelerators.linears == "transformer-engine":
             use_fp8(self.objective.network)
         self.layout = build_layout(self.objective, mesh)  # before an engine may divide the parameters
-        with autocast(config.run.precision, self.device):
-            check_direction(self.objective.network)
-            if self.context.divides:
-                with self.context.dividing():
-                    check_direction(self.objective.network, length=data.sequence_length)
         self.engine = build_engine(config, self.objective, mesh)
+        check_passes(self.objective, self.engine, config.run.precision, data.sequence_length)
         schedule = Schedule(stage, config.parallel, config.model.width) if stage.divided else None
         self.gradients = Gradients(self.objective, self.engine, config.run.precision, schedule)
         own = [whole_shape(p).numel() for p in self.objective.parameters() if counts_here(p, mesh.pipeline)]
