@@ -87,6 +87,13 @@ class Engine(ABC):
         micro-batches and over the reduction axis is the gradient of the step. With `last`, its reduction may begin
         beside the backward pass."""
 
+    @contextmanager
+    def more_to_come(self) -> Iterator[None]:
+        """In this block a pipeline's schedule goes backward, with gradients that are left on the parameters: others are
+        to come for those that a pass reaches. Outside, up to `step`, none is, but for replicated parameters, so that
+        reductions may begin beside the backward pass."""
+        yield
+
     @abstractmethod
     def step(self, clip_norm: float) -> Tensor:
         """Make the gradient whole, scale it to a global norm of at most `clip_norm` (0: leave it), update the weights,

@@ -11,6 +11,9 @@ in the midst of a parameter too: `held` are the parts of parameters that lie in 
 Weights that `half` names are bfloat16 in the module, as autocast would make them in every use, and float32 in `held`.
 All others are float32 in both, and then `held` are views of the module's.
 
+In a pipeline its schedule tells which backward passes are the last (`more_to_come`). What every stage has is reduced
+when all of them have ended. Megatron gives the stages after the first one bucket each: they are done sooner than it is.
+
 Two things are ours, because Megatron's way is not safe for models that do not do the same in every pass. Reductions
 beside the backward pass are begun bucket after bucket: Megatron begins each when it is full, and waits for ever where
 a parameter has no gradient on some rank or in some step. Gathers beside the next forward pass are begun all at once:
@@ -77,8 +80,14 @@ class MegatronEngine(Engine):
         self.held = [_like_parameter(shards[p], p) for p in trained.values() if p in shards]
         assert self.held, "more ranks than there are weights to divide"
         position = {parameter: index for index, parameter in enumerate(trained.values())}
-        self._buckets = sorted(self.ddp.bucket_groups, key=lambda bucket: -min(position[p] for p in bucket.params))
-        """In the order in which a backward pass fills them; a forward pass needs them the other way round."""
+        replicated = {parameter for parameter in position if getattr(parameter, "replicated", False)}
+        self._buckets = sorted(
+            self.ddp.bucket_groups,
+            key=lambda bucket: (not bucket.params.isdisjoint(replicated), -min(position[p] for p in bucket.params)),
+        )
+        """In the order in which a backward pass fills them, and last those that are not full before all passes of a
+        pipeline have ended; a forward pass needs them the other way round."""
+        self._replicated = replicated
         self._needed_at_once: list[Any] = []
         if overlap:
             self._watch_gradients()
@@ -94,6 +103,12 @@ class MegatronEngine(Engine):
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self._last = last
         loss.backward()
+
+    @contextmanager
+    def more_to_come(self) -> Iterator[None]:
+        self._last = False
+        yield
+        self._last = True
 
     def step(self, clip_norm: float) -> Tensor:
         self._settle()
@@ -129,7 +144,8 @@ class MegatronEngine(Engine):
         hook of the parameter, which moves the gradient to the buffer."""
         index = {parameter: i for i, bucket in enumerate(self._buckets) for parameter in bucket.params}
         for parameter, accumulator in zip(self._parameters.values(), self.ddp.grad_accs, strict=True):
-            accumulator.register_hook(functools.partial(self._arrived, index[parameter]))
+            if parameter not in self._replicated:  # pieces and what comes after them may each leave a part
+                accumulator.register_hook(functools.partial(self._arrived, index[parameter]))
 
     def _arrived(self, index: int, *_: object) -> None:
         if self._last:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -56,6 +56,8 @@ class Stage:
         """Number of the piece that runs."""
         self.incoming: Tensor | None = None
         """The hidden states before it; None at the start."""
+        self.aside: Any = None
+        """What it says beside the hidden states after it, where it has something to say: this process's alone."""
 
     @property
     def divided(self) -> bool:
@@ -113,7 +115,7 @@ class Stage:
         try:
             yield
         finally:
-            self.piece = self.incoming = None
+            self.piece = self.incoming = self.aside = None
 
     def through(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """`call(*arguments, **options)` of the whole network; without gradient where it is in pieces. Then collective
@@ -188,6 +190,23 @@ def spread(axis: Axis | None, value: Any, source: int) -> Any:
     return tree_map_only(_Like, lambda like: axis.broadcast(like.empty(), source), likes)
 
 
+class _Beside(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, loss: Tensor) -> Tensor:
+        ctx.of_loss = torch.ones_like(loss)
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, ctx.of_loss
+
+
+def beside(hidden: Tensor, loss: Tensor) -> Tensor:
+    """The hidden states after a piece, whose backward pass goes back from a part of the loss (scalar) as well:
+    one that this piece knows."""
+    return _Beside.apply(hidden, loss)
+
+
 # -- parameters that every process has -------------------------------------------------------------------------------
 
 
@@ -251,12 +270,16 @@ class Schedule:
         shape: Sequence[int],
         *,
         forward_only: bool = False,
+        more_to_come: Callable[[], AbstractContextManager] | None = None,
     ) -> list[Tensor]:
         """Take all micro-batches through all pieces.
 
         `step(i)` runs micro-batch i through the piece of `stage` that is running, and returns the hidden states after
         it, float32 of `shape`; at the end a scalar to back-propagate or, `forward_only`, what is to be returned: on the
         process with the heads the list of these, elsewhere [].
+
+        more_to_come: `Engine.more_to_come`. Backward passes of the last micro-batch through a piece are outside of its
+        block, all others inside.
         """
         results: list[Tensor] = []
         nothing = torch.zeros((), dtype=torch.int32)
@@ -271,6 +294,7 @@ class Schedule:
                 results.append(output)
             return output, lambda output: (output, nothing, None)
 
+        self.config.no_sync_func = more_to_come
         self._run(
             forward_step_func=forward,
             data_iterator=[iter(range(num_micro_batches)) for _ in self._models],

@@ -46,7 +46,10 @@ class ParallelConfig:
     """Folder on a fast local disk, for `offload=nvme`. What a process holds of a group of parameters goes there if it
     is more than a megabyte; DeepSpeed compiles what writes at the first use (libaio, a compiler and ninja)."""
     overlap: bool = True
-    """Let communication run beside computation where the engine can."""
+    """Let communication run beside computation where the engine can: gradients are reduced beside the last backward
+    pass by `megatron` (in a pipeline too) and by ZeRO 2 and 3; `plain` and ZeRO 0 and 1 reduce them when it has ended.
+    Weights are gathered beside the forward pass by `megatron` and ZeRO 3. The interleaved schedule computes while it
+    sends and receives; 1F1B has nothing to compute meanwhile."""
 
     @property
     def model_processes(self) -> int:
@@ -85,8 +88,6 @@ class PlanFacts:
     """Latent slots that are a sequence of their own beside the tokens; 0 for networks without."""
     alternates: bool = False
     """Blocks of two kinds take turns, so that a piece of the pipeline holds pairs."""
-    routed: bool = False
-    """Positions are sent to experts, whose balance one loss judges in all blocks."""
     causal: bool = False
     divisible: bool = True
     """False where the layers are another library's and stay whole."""

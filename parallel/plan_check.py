@@ -89,9 +89,6 @@ def _context(plan: ParallelConfig, facts: PlanFacts, world: int) -> Told:
 
 
 def _pieces(plan: ParallelConfig, facts: PlanFacts, world: int) -> Told:
-    if facts.routed and plan.pipeline > 1:
-        message = "the loss that balances the experts is of all blocks, and a pipeline hands on nothing but the state"
-        return message, f"parallel.pipeline = {plan.pipeline}"
     if facts.num_units >= plan.pipeline:
         return None
     message = "every process of the pipeline needs a block"

@@ -26,12 +26,16 @@ from braid.pretrain.model.token_logits import TokenLogits
 
 
 class Routing(NamedTuple):
-    """Where a network of N layers sent its positions; E experts."""
+    """Where N layers sent their positions; E experts."""
 
     probabilities: Tensor
     """Of the router, float32 [B, L, S, N, E]."""
     chosen: Tensor
     """The experts that answered, bool [B, L, S, N, E]."""
+    layers: tuple[int, ...]
+    """Numbers of the N layers in the network: of all, or of the piece of it that runs."""
+    num_layers: int
+    """Of the whole network."""
 
 
 class JointPrediction(NamedTuple):
@@ -113,7 +117,7 @@ class JointNetwork(Network):
         self, x_BLSW: Tensor, c_BSC: Tensor, dropout: DropoutKey | None, segments: Tensor | None
     ) -> tuple[Tensor, Routing | None]:
         """From the state before the first block that runs, as `embed` makes it, to that after the last, float32, and
-        the routing of all positions."""
+        the routing of all positions in those blocks."""
         raise NotImplementedError
 
     def block_costs(self) -> BlockCosts:
@@ -139,6 +143,7 @@ class JointNetwork(Network):
         x_BLSW = self.embed(tokens, latents, c_BSC) if self.stage.at_start else self.stage.incoming
         x_BLSW, routing = self.trunk(x_BLSW, c_BSC, dropout, segments)
         if not self.stage.at_end:
+            self.stage.aside = routing
             return x_BLSW
         x_BLW, z_BLW = self.strands(x_BLSW)
         latents_BLD = self.region.leave(self.latent_head(z_BLW, c_BSC[:, 1]))

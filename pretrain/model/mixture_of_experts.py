@@ -50,14 +50,14 @@ class MoEDiT(TwoStrandNetwork):
     def trunk(
         self, x_BLSW: Tensor, c_BSC: Tensor, dropout: DropoutKey | None, segments: Tensor | None
     ) -> tuple[Tensor, Routing | None]:
-        run = block_runner(self.blocks, self.config, x_BLSW, c_BSC, dropout, region=self.region, segments=segments)
-        routings = []
-        for block in self.blocks:
+        blocks, routings = self.stage.pick(self.blocks), []
+        run = block_runner(blocks, self.config, x_BLSW, c_BSC, dropout, region=self.region, segments=segments)
+        for block in blocks:
             x_BLSW, *routing = run(block, x_BLSW)
             routings.append(routing)
         probabilities, chosen = zip(*routings, strict=True)
         routing = (self.region.leave(torch.stack(of_blocks, -2)) for of_blocks in (probabilities, chosen))
-        return x_BLSW, Routing(*routing)
+        return x_BLSW, Routing(*routing, tuple(block.layer for block in blocks), self.config.num_layers)
 
     def block_costs(self) -> BlockCosts:
         layers, width, experts = self.config.num_layers, self.config.width, self.experts
@@ -203,23 +203,27 @@ def balance_loss(routing: Routing, counted_BL: Tensor, context: Context = UNDIVI
     """E sum_e f_e p_e for every sequence, float32 [B], averaged over the layers: 1 where the load is even, E where one
     expert gets all (Switch, arXiv 2101.03961). f_e is the share of choices that fell on expert e and p_e its mean
     probability, over the positions that count (bool [B, L]) of both strands. By sequence, so that micro-batches do not
-    matter; over both strands, so that each may have an expert of its own."""
+    matter; over both strands, so that each may have an expert of its own. Of a piece of the network, its layers' share
+    of the average."""
     weight_BL = counted_BL.float() / context.sum(counted_BL.sum(1, keepdim=True)).clamp(min=1)
     share_BNE = context.sum(torch.einsum("bl,blsne->bne", weight_BL, routing.chosen.float()))
     probability_BNE = context.sum(torch.einsum("bl,blsne->bne", weight_BL, routing.probabilities))
     share_BNE = share_BNE / share_BNE.sum(-1, keepdim=True).clamp(min=1e-9)
     num_strands, num_experts = routing.probabilities.shape[2], routing.probabilities.shape[-1]
-    return num_experts * (share_BNE * probability_BNE / num_strands).sum(-1).mean(-1)
+    of_layers_B = num_experts * (share_BNE * probability_BNE / num_strands).sum(-1).mean(-1)
+    return of_layers_B * (len(routing.layers) / routing.num_layers)
 
 
 @torch.no_grad()
 def routing_metrics(routing: Routing) -> dict[str, Tensor]:
     """At each position, float32 [B, L]: for every layer and expert (from 0) the share of the strands' choices that fell
-    on it, `layer0_expert1_share`; and `router_entropy` in nats, averaged over layers and strands."""
+    on it, `layer0_expert1_share`; and `router_entropy` in nats, averaged over layers and strands. What a piece of the
+    network knows: those of all pieces add up."""
     chosen_BLSNE = routing.chosen.float()
     shares_BLNE = (chosen_BLSNE / chosen_BLSNE.sum(-1, keepdim=True)).mean(2)
-    num_layers, num_experts = shares_BLNE.shape[2:]
-    places = itertools.product(range(num_layers), range(num_experts))
-    metrics = {f"layer{n}_expert{e}_share": shares_BLNE[:, :, n, e] for n, e in places}
+    elsewhere_BLE = torch.zeros_like(shares_BLNE[:, :, 0])
+    of_layer = dict(zip(routing.layers, shares_BLNE.unbind(2), strict=True))
+    places = itertools.product(range(routing.num_layers), range(elsewhere_BLE.shape[-1]))
+    metrics = {f"layer{n}_expert{e}_share": of_layer.get(n, elsewhere_BLE)[..., e] for n, e in places}
     entropy_BL = torch.special.entr(routing.probabilities).sum(-1).mean((2, 3))
-    return metrics | {"router_entropy": entropy_BL}
+    return metrics | {"router_entropy": entropy_BL * (len(routing.layers) / routing.num_layers)}

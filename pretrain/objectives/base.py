@@ -278,6 +278,8 @@ class Objective(nn.Module):
     """All logits of a micro-batch exist together in training."""
     follows_row_losses = False
     """Some gradients depend on the losses of rows (`finish_gradients`)."""
+    splits_loss = False
+    """Every piece of a pipeline has a part in the loss (`loss_of_piece`)."""
     encoder: Any = None
     """The frozen encoder of a joint model (no Module: not trained, not saved with the weights), or None."""
     step = 0
@@ -321,6 +323,12 @@ class Objective(nn.Module):
         return self.call(following)
 
     def loss(self, prediction: Any, corrupted: Corrupted) -> LossTerms:
+        raise NotImplementedError
+
+    def loss_of_piece(self, aside: Any, corrupted: Corrupted) -> LossTerms:
+        """Where `splits_loss`: the part in the loss of a piece of the network that is not the last, from what it said
+        beside its hidden states. The names of its terms are those of `loss`, which of the last piece has its part; the
+        positions are counted there."""
         raise NotImplementedError
 
     def finish_gradients(self, corrupted: Corrupted, row_losses: Tensor) -> None:

@@ -27,7 +27,7 @@ from braid.pretrain.diffusion.schedules import GaussianSchedule, LogLinear, cont
 from braid.pretrain.diffusion.times import BOUND_TIME_MIN, log_uniform_mixture, second_strata, to_range
 from braid.pretrain.model.blocks import DropoutKey
 from braid.pretrain.model.encoders import Encoder
-from braid.pretrain.model.joint import JointNetwork, JointPrediction, MDiT
+from braid.pretrain.model.joint import JointNetwork, JointPrediction, MDiT, Routing
 from braid.pretrain.model.mixture_of_experts import MoEDiT, balance_loss, routing_metrics
 from braid.pretrain.model.two_stream import MMDiT
 
@@ -75,6 +75,7 @@ class CCDD(Objective):
         self.diffused = not self.features and config.latent_times != "clean"
         self.tau = self.schedule.time_of_snr(1 / config.latent_sigma**2)
         """Smallest time of the joint bound, where z_t is as far from z_0 as z_0 from E(x)."""
+        self.splits_loss = config.architecture == "moedit"  # of the routing each piece of the network knows its layers'
         self.figures = self._figures()
 
     # -- the network and its times -----------------------------------------------------------------------------
@@ -194,12 +195,24 @@ class CCDD(Objective):
             error = (prediction.latents - corrupted.latent_targets).square().clamp(max=ERROR_CLIP).mean(-1)
             weight = self.latent_weight(corrupted.latent_times).float() * corrupted.latent_weight
             terms["latent_loss"] = weight[:, None] * error
+        return self._with_experts(terms, prediction.routing, corrupted)
+
+    def loss_of_piece(self, aside: Routing, corrupted: JointCorrupted) -> LossTerms:
+        nothing_BL = torch.zeros_like(corrupted.loss_mask, dtype=torch.float32)
+        names = ("token_loss",) if self.features else ("token_loss", "latent_loss")
+        loss = self._with_experts(dict.fromkeys(names, nothing_BL), aside, corrupted)
+        return replace(loss, count=0 * loss.count, bucket_counts=0 * loss.bucket_counts)
+
+    def _with_experts(
+        self, terms: dict[str, Tensor | Summed], routing: Routing | None, corrupted: JointCorrupted
+    ) -> LossTerms:
+        """The sums of these terms and of what the routing adds to them."""
         if self.config.experts.balance:
-            balance = balance_loss(prediction.routing, corrupted.loss_mask, self.context)
+            balance = balance_loss(routing, corrupted.loss_mask, self.context)
             terms["balance_loss"] = self.config.experts.balance * balance[:, None].expand_as(corrupted.loss_mask)
         loss = sum_terms(terms, corrupted.loss_mask, corrupted.times)
-        if self.config.architecture == "moedit":
-            use = routing_metrics(prediction.routing).items()
+        if self.splits_loss:
+            use = routing_metrics(routing).items()
             sums = {name: sum_positions(value, corrupted.loss_mask).sum() for name, value in use}
             loss = replace(loss, terms=loss.terms | sums)
         return loss

@@ -26,7 +26,6 @@ def plan_facts(config: Config) -> PlanFacts:
         optimizer=config.optimizer.name,
         num_slots=getattr(objective, "num_slots", 0),
         alternates=getattr(objective, "architecture", "") == "mmdit",
-        routed=getattr(objective, "architecture", "") == "moedit",
         causal=objective.name == "ar",
         divisible=objective.name != "t5",
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from braid.data_pipeline.loader import Batch
 from braid.parallel.engine import Engine
-from braid.parallel.pipeline import Schedule, spread
+from braid.parallel.pipeline import Schedule, beside, spread
 from braid.pretrain.objectives.base import Corrupted, LossTerms, Noise, Objective, Pass, advance
 
 from .precision import autocast
@@ -31,7 +31,7 @@ class Gradients:
     def add_up(self, micro_batches: Sequence[MicroBatch], count: Tensor) -> StepSums:
         """The gradient of the sum of all losses divided by `count`, the tokens that count in the global batch. Returns
         what the losses add up to, which in a pipeline the processes with the heads alone know."""
-        sums = StepSums(self.device)
+        sums = StepSums(self.device, self.objective.splits_loss)
         if self.schedule is None:
             self._one_by_one(micro_batches, count, sums)
         else:
@@ -76,7 +76,11 @@ class Gradients:
             with autocast(self.precision, self.device):
                 prediction = objective.call(corrupted)
             if not stage.at_end:
-                return prediction
+                if not objective.splits_loss:
+                    return prediction
+                loss = objective.loss_of_piece(stage.aside, corrupted)
+                sums.add(loss)
+                return beside(prediction, loss.total / count) if loss.total.requires_grad else prediction
             loss = objective.loss(prediction, corrupted)
             sums.add(loss)
             if objective.follows_row_losses:
@@ -84,7 +88,7 @@ class Gradients:
             return loss.total / count
 
         shape = self._hidden_shape(micro_batches, len(micro_batches[0][0].tokens))
-        self.schedule.run(len(micro_batches), step, shape)
+        self.schedule.run(len(micro_batches), step, shape, more_to_come=self.engine.more_to_come)
         for pairs in cuts:
             found = [(given, leaf.grad) for given, leaf in pairs if leaf.grad is not None]
             if found:

@@ -22,6 +22,8 @@ class StepSums:
     """Sums over the micro-batches that were added, float64; over all ranks once `reduce` was called."""
 
     device: torch.device
+    of_pieces: bool = False
+    """Every process of a pipeline has something to add up, by the same names (`Objective.splits_loss`)."""
     terms: dict[str, Tensor] = field(default_factory=dict)
     statistics: dict[str, Tensor] = field(default_factory=dict)
     """See `LossTerms`."""
@@ -44,10 +46,12 @@ class StepSums:
     def reduce(self, peers: Axis, rows: Axis, pipeline: Axis) -> None:
         """Add up over ranks with positions of their own, `peers`, and what is of whole rows over those with rows of
         their own, `rows`: the others have the same sums. In a pipeline the ranks with the heads have something to add
-        up, and tell the others, by way of the host."""
+        up, or all have, and tell the others, by way of the host."""
         last, reduced = pipeline.size - 1, None
-        if pipeline.rank == last:
+        if pipeline.rank == last or self.of_pieces:
             totals = peers.all_reduce_sum(torch.cat([self._sums, torch.stack(list(self.terms.values()))]))
+            if self.of_pieces:
+                pipeline.all_reduce_sum(totals)
             statistics = {name: rows.all_reduce_sum(value) for name, value in self.statistics.items()}
             reduced = totals, list(self.terms), statistics
         self.totals, self.names, self.statistics = spread(pipeline, reduced, last)

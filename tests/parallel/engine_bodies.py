@@ -56,7 +56,12 @@ def row(index: int) -> tuple[Batch, Noise]:
 
 
 def engine_for(name: str, mesh: Mesh, plan: ParallelConfig, precision: str, bucket_size: int | None) -> Engine:
-    objective = build(name, mesh.tensor, plan.sequence)
+    return engine_around(build(name, mesh.tensor, plan.sequence), mesh, plan, precision, bucket_size)
+
+
+def engine_around(
+    objective: Objective, mesh: Mesh, plan: ParallelConfig, precision: str, bucket_size: int | None
+) -> Engine:
     optimizer = build_optimizer(objective, OPTIMIZER, mesh.tensor)
     if plan.engine == "plain":
         return PlainEngine(objective, optimizer, mesh)

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from engine_bodies import OPTIMIZER, engine_for, losses, total
-from tensor_cases import build
+from engine_bodies import CLIPPED_TO, OPTIMIZER, engine_around, engine_for, losses, row, total, whole
+from gathering import gather_stages
+from pipeline_bodies import build_piece
+from tensor_cases import BATCH, MODEL, batch_and_noise, build
 from torch import Tensor, nn
 
 from braid.parallel.data_parallel import World
 from braid.parallel.engine import Engine, NotFinite, PlainEngine
 from braid.parallel.megatron_engine import MegatronEngine
 from braid.parallel.mesh import Mesh, build_mesh
+from braid.parallel.pipeline import Schedule
 from braid.parallel.plan import ParallelConfig
-from braid.pretrain.training.optimizer import build_optimizer
+from braid.pretrain.training.gradients import Gradients
+from braid.pretrain.training.optimizer import build_optimizer, set_learning_rate
 from braid.pretrain.training.precision import cast_by_autocast
 
 MEGATRON = ParallelConfig(engine="megatron")
@@ -169,3 +176,76 @@ def read_late_weights(world: World, names: list[str]) -> dict[str, list[int]]:
         assert found == wanted, name
         seen[name] = [len(late), len(engine._buckets)]
     return seen
+
+
+@dataclass
+class InPieces:
+    """Of one case on one rank of a pipeline."""
+
+    losses: list[float]
+    norms: list[float]
+    gradients: dict[str, Tensor]
+    """Whole ones of the first step, which is not clipped; on the first rank alone, as the weights after the last."""
+    weights: dict[str, Tensor]
+    begun: list[tuple[int, int, int]]
+    """Of each step: reductions begun before the last gradient was there, before `step`, and buckets in all that hold
+    nothing which others have too."""
+
+
+def train_in_pieces(
+    world: World, names: list[str], plan: ParallelConfig, precision: str, num_steps: int
+) -> dict[str, InPieces]:
+    """Train each case, a micro-batch a row, through a pipeline where the plan has one."""
+    mesh = build_mesh(world, plan)
+    return {name: _in_pieces(name, mesh, plan, precision, num_steps) for name in names}
+
+
+def _in_pieces(name: str, mesh: Mesh, plan: ParallelConfig, precision: str, num_steps: int) -> InPieces:
+    objective = build_piece(name, mesh, plan)
+    engine = engine_around(objective, mesh, plan, precision, BUCKET)
+    schedule = Schedule(objective.stage, plan, MODEL.width) if objective.stage.divided else None
+    gradients = Gradients(objective, engine, precision, schedule)
+    events = recorded(engine) if isinstance(engine, MegatronEngine) else []
+    rows = torch.arange(BATCH).tensor_split(mesh.data.size)[mesh.data.rank]
+    count, found = objective.num_scored(*batch_and_noise()), InPieces([], [], {}, {}, [])
+    for step in range(num_steps):
+        set_learning_rate(engine.optimizer, (step + 1) / num_steps)
+        events.clear()
+        sums = gradients.add_up([row(int(index)) for index in rows], count)
+        sums.reduce(mesh.reduction, mesh.data, mesh.pipeline)
+        found.losses.append(sums.read().total / float(count))
+        if events:
+            last = len(events) - 1 - events[::-1].index("gradient")
+            alone = sum(bucket.params.isdisjoint(engine._replicated) for bucket in engine._buckets)
+            found.begun.append((events[:last].count("reduction"), events.count("reduction"), alone))
+        found.norms.append(engine.step(CLIPPED_TO if step else 0).item())
+        if step == 0:
+            moments = whole(engine, mesh, engine.optimizer_state())
+            found.gradients = {
+                key.removesuffix("/exp_avg"): value / (1 - OPTIMIZER.beta1)
+                for key, value in moments.items()
+                if key.endswith("/exp_avg")
+            }
+    gathered = gather_stages(
+        {"gradients": found.gradients, "weights": whole(engine, mesh, engine.named(engine.held))},
+        objective,
+        mesh.pipeline,
+    )
+    found.gradients, found.weights = gathered["gradients"], gathered["weights"]
+    return found
+
+
+def recorded(engine: MegatronEngine) -> list[str]:
+    """Becomes what happens: a parameter's `gradient` is computed, a bucket's `reduction` begins."""
+    events: list[str] = []
+    for parameter in engine.module.parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(lambda gradient: events.append("gradient"))
+    for bucket in engine._buckets:
+        bucket.start_grad_sync = partial(_begin, events, bucket.start_grad_sync)
+    return events
+
+
+def _begin(events: list[str], start: Callable[..., None], **options: Any) -> None:
+    events.append("reduction")
+    start(**options)

@@ -16,6 +16,7 @@ from braid.parallel.data_parallel import World
 from braid.parallel.deepspeed_engine import build_deepspeed_engine
 from braid.parallel.engine import NotFinite, PlainEngine, gradient_norm
 from braid.parallel.layers import Shard, sum_partial_gradients
+from braid.parallel.megatron_engine import MegatronEngine
 from braid.parallel.mesh import Mesh, build_mesh
 from braid.parallel.pipeline import Schedule, Stage, mark_replicated, spread, sum_replicated_gradients
 from braid.parallel.plan import ParallelConfig, deal_blocks
@@ -26,8 +27,8 @@ from braid.pretrain.objectives.base import Noise, Objective
 from braid.pretrain.training.gradients import Gradients
 
 PAIRS = "ccdd-mmdit"
-NAMES = [name for name in CASES if "moedit" not in name and "own-denoiser" not in name]
-"""But for those that a pipeline is refused for."""
+NAMES = [name for name in CASES if "own-denoiser" not in name]
+"""But for the one that a pipeline is refused for."""
 
 
 @dataclass
@@ -59,12 +60,16 @@ def build_piece(name: str, mesh: Mesh, plan: ParallelConfig, **model: Any) -> Ob
 
 
 def micro_batches(num: int, *, packed: bool = False) -> list[tuple[Batch, Noise]]:
+    """Of the batch; where there are more than rows, of the same rows again with other noise."""
     batch, noise = batch_and_noise(packed=packed)
     pieces = []
-    for rows in torch.arange(BATCH).chunk(num):
+    for numbers in torch.arange(max(BATCH, num)).chunk(num):
+        rows, again = numbers % BATCH, numbers - numbers % BATCH
         part = Batch(**{name: None if x is None else x[rows] for name, x in vars(batch).items()})
-        fields = {field: getattr(noise, field)[rows] for field in ("ordinals", "index", "shift")}
-        pieces.append((part, replace(noise, **fields)))
+        fields = {field: getattr(noise, field)[rows] for field in ("index", "shift")}
+        ordinals = part.ordinals + again
+        pieces.append((replace(part, ordinals=ordinals), replace(noise, ordinals=ordinals, **fields)))
+    assert len(pieces) == num
     return pieces
 
 
@@ -152,6 +157,20 @@ def nested(world: World) -> Parts:
     return spread(axis, mine, world.size - 1)
 
 
+class Descent(torch.optim.AdamW):
+    """Plain gradient descent, for an engine that takes no optimizer but this one."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter -= group["lr"] * parameter.grad
+
+
+NUM = 100
+"""Of the elements of each weight below: enough for every rank to hold some where they are divided."""
+
+
 def weights(world: World, fields: dict, bad: bool) -> tuple[float, dict[str, torch.Tensor]]:
     """A step of plain gradient descent on pipeline 2 x tensor 2 x data 2, by gradients that are functions of the ranks:
     the norm that is found, and the weights afterwards, all zero before. `bad`: some data has no gradient on one stage.
@@ -159,15 +178,19 @@ def weights(world: World, fields: dict, bad: bool) -> tuple[float, dict[str, tor
     plan = ParallelConfig(pipeline=2, tensor=2, **fields)
     mesh = build_mesh(world, plan)
     module = torch.nn.ParameterDict(
-        {name: torch.nn.Parameter(torch.zeros(3)) for name in ("alone", "everywhere", "everywhere_divided")}
+        {name: torch.nn.Parameter(torch.zeros(NUM)) for name in ("alone", "everywhere", "everywhere_divided")}
     )
     mark_replicated(module, ["alone"])
-    module["everywhere_divided"].shard = Shard(0, 1, mesh.tensor.rank, 2, 6)
-    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
-    build = partial(build_deepspeed_engine, plan=plan) if plan.engine == "deepspeed" else PlainEngine
-    engine = build(module, optimizer, mesh)
+    module["everywhere_divided"].shard = Shard(0, 1, mesh.tensor.rank, 2, 2 * NUM)
+    optimizer = Descent(module.parameters(), lr=1.0)
+    builders = {
+        "plain": PlainEngine,
+        "deepspeed": partial(build_deepspeed_engine, plan=plan),
+        "megatron": partial(MegatronEngine, overlap=plan.overlap),
+    }
+    engine = builders[plan.engine](module, optimizer, mesh)
     for number, parameter in enumerate(module.values()):
-        gradient = torch.full((3,), 1.0 + number + 10 * mesh.pipeline.rank + 100 * mesh.data.rank)
+        gradient = torch.full((NUM,), 1.0 + number + 10 * mesh.pipeline.rank + 100 * mesh.data.rank)
         if parameter is module["everywhere_divided"]:
             gradient += mesh.tensor.rank
         if bad and mesh.pipeline.rank == mesh.data.rank == 1 and parameter is module["alone"]:
@@ -177,4 +200,5 @@ def weights(world: World, fields: dict, bad: bool) -> tuple[float, dict[str, tor
         norm = engine.step(0.0).item()
     except NotFinite:
         norm = torch.nan
+    engine.publish()  # what the next forward pass would wait for
     return norm, {name: parameter.detach() for name, parameter in module.items()}

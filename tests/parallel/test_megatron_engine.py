@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
-from engine_bodies import Run, train, train_on_ranks
+from engine_bodies import CLIPPED_TO, Run, train, train_on_ranks
 from megatron_engine_bodies import (
+    InPieces,
     not_finite,
     read_late_weights,
     round_trip,
     train_branches,
     train_branches_plainly,
+    train_in_pieces,
 )
 from tensor_cases import CASES
 
+from braid.parallel.data_parallel import World
 from braid.parallel.mesh import Mesh
 from braid.parallel.plan import ParallelConfig
 
@@ -106,6 +111,60 @@ def test_bf16_on_ranks(ranks) -> None:
         assert found.losses == pytest.approx(wanted[0].losses, rel=1e-3)
         assert found.norms == pytest.approx(wanted[0].norms, rel=1e-3)
         assert_near(found.gradients, wanted[0].gradients, 1e-5)
+
+
+PIECES = {
+    "interleaved, data 2": (4, {"pipeline": 2, "virtual": 2}),
+    "1F1B, data 2": (4, {"pipeline": 2}),
+    "1F1B of four": (4, {"pipeline": 4}),
+    "interleaved, tensor 2 with sequence": (4, {"pipeline": 2, "virtual": 2, "tensor": 2, "sequence": True}),
+    "interleaved, data 2, no overlap": (4, {"pipeline": 2, "virtual": 2, "overlap": False}),
+}
+IN_PIECES = ["mdlm", "replaid-auxiliary", "ccdd-moedit-1"]
+
+
+@functools.cache
+def in_one_piece() -> dict[str, InPieces]:
+    return train_in_pieces(World.single(), IN_PIECES, ParallelConfig(), "fp32", STEPS)
+
+
+@pytest.mark.parametrize("layout", [pytest.param(x, marks=pytest.mark.slow if i else []) for i, x in enumerate(PIECES)])
+def test_a_pipeline_trains_as_one_process_and_reduces_meanwhile(ranks, layout: str) -> None:
+    """All reductions but those of parameters that every process of the pipeline has begin before the step: on the first
+    stage most of them while gradients are still computed. The others are done before it is, and have one bucket."""
+    number, fields = PIECES[layout]
+    plan = ParallelConfig(engine="megatron", **fields)
+    runs = ranks(train_in_pieces, number, IN_PIECES, plan, "fp32", STEPS, timeout_s=PATIENCE_S)
+    for name in IN_PIECES:
+        wanted = in_one_piece()[name]
+        assert min(wanted.norms) > CLIPPED_TO, "clipping must be at work"
+        for rank, found in enumerate(run[name] for run in runs):
+            assert found.losses == pytest.approx(wanted.losses, rel=1e-6)
+            assert found.norms == pytest.approx(wanted.norms, rel=1e-5)
+            first = rank < number / plan.pipeline
+            for beside, before, buckets in found.begun:
+                assert before == buckets * plan.overlap
+                if plan.overlap:
+                    assert buckets > 5 and beside > buckets / 2 if first else buckets == 1
+        assert_near(runs[0][name].gradients, wanted.gradients, 1e-5)
+        assert_near(runs[0][name].weights, wanted.weights, 2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [{}, {"tensor": 2, "sequence": True}], ids=["data 2", "tensor 2 with sequence"])
+@pytest.mark.parametrize("virtual", [1, 2])
+def test_bf16_in_a_pipeline(ranks, fields: dict, virtual: int) -> None:
+    """Beside torch's optimizer on float32 weights under the same layout, as `test_bf16_on_ranks`."""
+    layout = {"pipeline": 2, "virtual": virtual, **fields}
+    runs, wanted = (
+        [run["mdlm"] for run in ranks(train_in_pieces, 4, ["mdlm"], plan, "bf16", STEPS, timeout_s=PATIENCE_S)]
+        for plan in (ParallelConfig(engine="megatron", **layout), ParallelConfig(**layout))
+    )
+    for found in runs:
+        assert found.losses[0] == wanted[0].losses[0] and found.losses == runs[0].losses
+        assert found.losses == pytest.approx(wanted[0].losses, rel=1e-3)
+        assert found.norms == pytest.approx(wanted[0].norms, rel=1e-3)
+    assert_near(runs[0].gradients, wanted[0].gradients, 1e-5)
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])

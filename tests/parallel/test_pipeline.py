@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from pipeline_bodies import NAMES, Parts, Result, looks, nested, num_blocks, step, steps, weights
+from pipeline_bodies import NAMES, NUM, Parts, Result, looks, nested, num_blocks, step, steps, weights
 from tensor_bodies import look
 from tensor_cases import build
 
@@ -26,6 +26,12 @@ LAYOUTS = {
     "interleaved": (2, INTERLEAVED, 4),
     "interleaved, one by one": (2, INTERLEAVED | {"overlap": False}, 2),
     "interleaved of four": (4, {"pipeline": 4, "virtual": 2}, 4),
+    "1F1B, six micro-batches": (2, {"pipeline": 2}, 6),
+    "1F1B, eight": (2, {"pipeline": 2}, 8),
+    "1F1B of four, six": (4, {"pipeline": 4}, 6),
+    "1F1B of four, eight": (4, {"pipeline": 4}, 8),
+    "interleaved, six": (2, INTERLEAVED, 6),
+    "interleaved of four, eight": (4, {"pipeline": 4, "virtual": 2}, 8),
     "with tensor and sequence": (4, {"pipeline": 2, "tensor": 2, "sequence": True}, 2),
 }
 QUICK = ("1F1B", "interleaved")
@@ -135,8 +141,9 @@ def test_what_the_last_has_is_spread_whatever_it_is(ranks):
         assert found.more["text"] == "of 2" and found.more["flags"][0].tolist() == [True, False]
 
 
-ENGINES = [{}, {"engine": "deepspeed", "zero": 1}]
+ENGINES = [{}, {"engine": "deepspeed", "zero": 1}, {"engine": "megatron"}]
 ENGINES += [pytest.param({"engine": "deepspeed"} | more, marks=pytest.mark.slow) for more in ({}, OFFLOADED)]
+ENGINES += [pytest.param({"engine": "megatron", "overlap": False}, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("fields", ENGINES)
@@ -150,12 +157,12 @@ def test_replicated_gradients_are_summed_and_count_once(ranks, fields):
     everywhere = over_data["everywhere", 0] + over_data["everywhere", 1]
     divided = [over_data["everywhere_divided", 0] + over_data["everywhere_divided", 1] + 4 * t for t in (0, 1)]
     alone = [over_data["alone", stage] for stage in (0, 1)]
-    norm = math.sqrt(3 * sum(value**2 for value in (everywhere, *divided, *alone)))
+    norm = math.sqrt(NUM * sum(value**2 for value in (everywhere, *divided, *alone)))
     for rank, (measured, after) in enumerate(found):
         tensor, stage = rank % 2, rank // 4
         assert measured == pytest.approx(norm, rel=1e-6)
         for name, value in zip(NAMES_OF_WEIGHTS, (alone[stage], everywhere, divided[tensor]), strict=True):
-            assert after[name].tolist() == [-value] * 3, (rank, name)
+            assert after[name].tolist() == [-value] * NUM, (rank, name)
 
 
 @pytest.mark.parametrize("fields", ENGINES)

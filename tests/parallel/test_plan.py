@@ -102,7 +102,6 @@ CASES = {
              "1030 positions / context 4 = 257.5"),
     "blocks": (plan(pipeline=16), facts(global_batch_size=128), 16, "needs a block", "12 blocks / pipeline 16 = 0.75"),
     "pairs": (plan(pipeline=8), facts(alternates=True), 8, "stay together", "12 blocks = 6 pairs / pipeline 8 = 0.75"),
-    "experts": (plan(pipeline=2), facts(routed=True), 2, "balances the experts", "parallel.pipeline = 2"),
     "sequence alone": (plan(sequence=True), facts(), 8, "only one", "parallel.tensor = 1"),
     "sequence": (plan(tensor=4, sequence=True), facts(sequence_length=1026), 4, "tensor x context divides",
                  "1026 positions / (tensor 4 x context 1) = 256.5"),
@@ -229,8 +228,6 @@ def constructible(p: ParallelConfig, f: PlanFacts, num_processes: int) -> bool:
         return False
     if not f.divisible and max(p.tensor, p.context, p.pipeline) > 1:
         return False
-    if f.routed and p.pipeline > 1:
-        return False
     if p.context > 1 and p.context_by == "ulysses" and dealt(heads, p.context) is None:
         return False
     if p.context_by == "gather" and (p.context == 1 or f.causal):
@@ -284,7 +281,6 @@ FACTS_OF_ANY_KIND = st.builds(
     optimizer=st.sampled_from(["adamw", "adamw", "muon"]),
     num_slots=st.sampled_from([0, 0, 24, 10]),
     alternates=st.booleans(),
-    routed=st.sampled_from([False, False, True]),
     causal=st.booleans(),
     divisible=st.sampled_from([True, True, True, False]),
 )

@@ -131,6 +131,7 @@ def compare(run_dir: Path, reference: Path) -> Difference:
     pairs = list(zip(lines, others, strict=True))
     moments, expected = first_moments(run_dir), first_moments(reference)
     assert moments.keys() == expected.keys()
+    assert all(value.any() for value in expected.values()), "in all of these systems every parameter has a gradient"
     return Difference(
         noise_equal=samples(run_dir) == samples(reference),
         loss=max(relative(line["loss"], other["loss"]) for line, other in pairs),

@@ -318,7 +318,7 @@ def test_balance_loss_is_1_for_an_even_load_and_e_for_one_expert():
     batch, noise = batch_and_noise(8)
     corrupted = ccdd.corrupt(batch, noise)
     prediction = ccdd.predict(corrupted)
-    probabilities, chosen = prediction.routing
+    probabilities, chosen, *_ = prediction.routing
 
     def balance(probabilities, chosen):
         routing = prediction.routing._replace(probabilities=probabilities, chosen=chosen)
@@ -357,7 +357,7 @@ def test_use_of_the_experts_is_reported_beside_the_loss():
     assert list(loss.terms) == ["token_loss", "latent_loss", *shares, "router_entropy"]
     assert float(loss.total.detach()) == pytest.approx(float(loss.terms["token_loss"] + loss.terms["latent_loss"]))
     assert not any(value.requires_grad for value in loss.terms.values())
-    probabilities, chosen = (part[:, :-3].detach().double() for part in prediction.routing)
+    probabilities, chosen = (part[:, :-3].detach().double() for part in prediction.routing[:2])
     count = int(loss.count)
     for name in shares:
         share = float(chosen[:, :, :, int(name[5]), int(name[13])].mean()) / 2
