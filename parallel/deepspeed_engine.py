@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from braid.kernels.capabilities import require
 from braid.kernels.errors import ConfigError
 from braid.parallel.data_parallel import reduce_gradients
-from braid.parallel.engine import Engine, NotFinite, PlainEngine, clip_gradients, gradient_norm
+from braid.parallel.engine import Engine, NotFinite, Part, PlainEngine, Receivers, clip_gradients, gradient_norm
 from braid.parallel.mesh import Axis, Mesh
 from braid.parallel.mpu import join_deepspeed
 from braid.parallel.pipeline import counts_here, sum_replicated_gradients
@@ -265,11 +265,14 @@ class ZeroEngine(Engine):
     def publish(self) -> None:
         self.zero.update_lp_params()
 
-    def named(self, like_held: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
-        yield from _joined(self.places, like_held, self.mesh.reduction, self.mesh.world.device)
+    def named(self, like_held: Sequence[Tensor], to: Receivers | None = None) -> Iterator[tuple[str, Tensor]]:
+        yield from _joined(self.places, like_held, self.mesh.reduction, self.mesh.world.device, to)
+
+    def shapes(self) -> dict[str, torch.Size]:
+        return {place.name: place.shape for place in self.places}
 
     @torch.no_grad()
-    def fill(self, like_held: Sequence[Tensor], part: Callable[[str], Tensor]) -> None:
+    def fill(self, like_held: Sequence[Tensor], part: Part) -> None:
         for tensor in like_held:
             tensor.zero_()  # what lies between parameters, and after the last, is stepped too
         _put(self.places, like_held, self.mesh.reduction.rank, part)
@@ -319,19 +322,19 @@ class Zero3Engine(ZeroEngine):
         if on_disk:
             self.zero._optimizer_states_and_gradient_swap_out(number)
 
-    def named(self, like_held: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def named(self, like_held: Sequence[Tensor], to: Receivers | None = None) -> Iterator[tuple[str, Tensor]]:
         for number in range(len(self.held)):
             with self._present(number) as places:
-                yield from _joined(places, like_held, self.mesh.reduction, self.mesh.world.device)
+                yield from _joined(places, like_held, self.mesh.reduction, self.mesh.world.device, to)
 
     @torch.no_grad()
-    def fill(self, like_held: Sequence[Tensor], part: Callable[[str], Tensor]) -> None:
+    def fill(self, like_held: Sequence[Tensor], part: Part) -> None:
         for number, tensor in enumerate(like_held):
             with self._present(number) as places:
                 tensor.zero_()  # the ends of parameters that do not divide
                 _put(places, like_held, self.mesh.reduction.rank, part)
 
-    def load_optimizer_state(self, keys: Iterable[str], part: Callable[[str], Tensor]) -> None:
+    def load_optimizer_state(self, keys: Iterable[str], part: Part) -> None:
         self.optimizer.state.clear()
         if getattr(self.zero, "swap_optimizer", False):
             self.zero.optimizer_swapper.purge_state()
@@ -342,7 +345,8 @@ class Zero3Engine(ZeroEngine):
                     value = part(f"{places[0].name}/{name}").clone()
                     if value.ndim:
                         value = torch.zeros_like(weight, requires_grad=False)
-                        _put(places, {number: value}, self.mesh.reduction.rank, lambda key, n=name: part(f"{key}/{n}"))
+                        rank = self.mesh.reduction.rank
+                        _put(places, {number: value}, rank, lambda key, *at, n=name: part(f"{key}/{n}", *at))
                     self.optimizer.state[weight][name] = value
 
     def publish(self) -> None:
@@ -352,10 +356,13 @@ class Zero3Engine(ZeroEngine):
             with self._present(number):
                 zero._reassign_or_swap_out_partitioned_parameters(number)
         if self.shown:
-            _put(self.frozen_places, self.frozen, self.mesh.reduction.rank, self.shown.__getitem__)
+            _put(self.frozen_places, self.frozen, self.mesh.reduction.rank, self._shown_between)
             self.shown = {}
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+    def _shown_between(self, name: str, start: int, stop: int) -> Tensor:
+        return self.shown[name].reshape(-1)[start:stop]
 
     def untrained(self) -> dict[str, Tensor]:
         self.shown = dict(_joined(self.frozen_places, self.frozen, self.mesh.reduction, self.mesh.world.device))
@@ -385,20 +392,24 @@ def _gather_what_is_read_elsewhere(zero: Any, model: nn.Module) -> None:
         each._parameters.__class__ = Parameters
 
 
-@torch.no_grad()
 def _joined(
-    places: Sequence[Place], tensors: Sequence[Tensor], axis: Axis, device: torch.device
+    places: Sequence[Place],
+    tensors: Sequence[Tensor],
+    axis: Axis,
+    device: torch.device,
+    to: Receivers | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter whole, on every rank of the axis, one after the other: each rank sends the pieces it holds."""
+    """Every parameter whole, on every rank of the axis or on that it goes `to`, one after the other: each rank sends
+    the pieces it holds."""
     for place in places:
+        if to is not None and place.name not in to:
+            continue
         tensor = tensors[place.number]
-        whole = torch.empty(place.shape.numel(), dtype=tensor.dtype, device=device)
-        for span in place.spans:
-            piece = whole[span.start : span.start + span.length]
-            if span.rank == axis.rank:
-                piece.copy_(tensor[span.place : span.place + span.length])
-            axis.broadcast(piece, span.rank)
-        yield place.name, whole.view(place.shape)
+        pieces = [(span.rank, span.start, span.start + span.length) for span in place.spans]
+        own = [tensor[span.place : span.place + span.length] for span in place.spans if span.rank == axis.rank]
+        whole = axis.join(pieces, own, tensor.dtype, device, None if to is None else to[place.name])
+        if whole is not None:
+            yield place.name, whole.view(place.shape)
 
 
 @torch.no_grad()
@@ -406,11 +417,11 @@ def _put(
     places: Sequence[Place],
     tensors: Sequence[Tensor] | Mapping[int, Tensor],
     rank: int,
-    part: Callable[[str], Tensor],
+    part: Part,
 ) -> None:
-    """Inverse of `_joined`, for one rank: its pieces of each `part(name)`."""
+    """Inverse of `_joined`, for one rank: its pieces of each tensor."""
     for place in places:
         for span in place.spans:
             if span.rank == rank:
-                piece = part(place.name).reshape(-1)[span.start : span.start + span.length]
+                piece = part(place.name, span.start, span.start + span.length)
                 tensors[place.number][span.place : span.place + span.length].copy_(piece)

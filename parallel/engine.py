@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -27,6 +27,12 @@ from braid.parallel.mesh import Axis, Mesh
 from braid.parallel.pipeline import counts_here, sum_replicated_gradients
 
 T = TypeVar("T")
+
+Receivers = Mapping[str, int]
+"""Name -> position on the reduction axis; what is not in it, nobody wants."""
+Part = Callable[..., Tensor]
+"""`part(name)`: what this process has of a tensor on the tensor and pipeline axes. `part(name, start, stop)`: of that,
+laid end to end, the values between two places, and no more is read than they take."""
 
 
 class NotFinite(Exception):
@@ -63,6 +69,7 @@ class Flag:
 class Engine(ABC):
     """What every engine offers. All methods are collective over all ranks of the mesh."""
 
+    mesh: Mesh
     optimizer: torch.optim.Optimizer
     """Keyed by the tensors of `held`; the loop sets the learning rates of its groups."""
     names: list[str]
@@ -119,26 +126,49 @@ class Engine(ABC):
         self.publish()
 
     @abstractmethod
-    def named(self, like_held: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def named(self, like_held: Sequence[Tensor], to: Receivers | None = None) -> Iterator[tuple[str, Tensor]]:
         """For tensors like those of `held`: (name of the parameter, all values of this process's part of it on the
-        tensor and pipeline axes), the same on all ranks of the reduction axis. One after the other, so that a model
-        that does not fit on one process can be written. A weight that is not trained is not among them."""
+        tensor and pipeline axes). One after the other, so that a model that does not fit on one process can be written.
+        A weight that is not trained is not among them.
+
+        All are given on all ranks of the reduction axis or, where it is said which are to go `to` whom, each on that
+        position alone; then the others only send what they hold of it.
+        """
 
     @abstractmethod
-    def fill(self, like_held: Sequence[Tensor], part: Callable[[str], Tensor]) -> None:
-        """Inverse of `named`: fill tensors like those of `held` from `part(name)`."""
+    def shapes(self) -> dict[str, torch.Size]:
+        """Name -> shape of what `named` gives, in its order. Not collective."""
 
-    def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
+    @abstractmethod
+    def fill(self, like_held: Sequence[Tensor], part: Part) -> None:
+        """Inverse of `named`: fill tensors like those of `held` from `part`."""
+
+    def optimizer_state(self, to: Receivers | None = None) -> Iterator[tuple[str, Tensor]]:
         """(`<parameter name>/<state name>`, value) of what the optimizer keeps, as `named` gives parts; step counters
         are scalars."""
         states = [self.optimizer.state[weight] for weight in self.held if weight in self.optimizer.state]
-        for key in states[0] if states else ():
+        for key in sorted(states[0]) if states else ():
             values = [state[key] for state in states]
+            wanted = to and {name: to[f"{name}/{key}"] for name in self.names if f"{name}/{key}" in to}
             counts = values[0].ndim == 0  # the same for all
-            for name, value in ((name, values[0]) for name in self.names) if counts else self.named(values):
+            given = ((name, values[0]) for name in self._here(wanted)) if counts else self.named(values, wanted)
+            for name, value in given:
                 yield f"{name}/{key}", value
 
-    def load_optimizer_state(self, keys: Iterable[str], part: Callable[[str], Tensor]) -> None:
+    def optimizer_outline(self) -> dict[str, Tensor]:
+        """What `optimizer_state` gives, in its order, on the device meta. Not collective."""
+        state = next((self.optimizer.state[weight] for weight in self.held if weight in self.optimizer.state), {})
+        return {
+            f"{name}/{key}": torch.empty(shape if state[key].ndim else (), dtype=state[key].dtype, device="meta")
+            for key in sorted(state)
+            for name, shape in self.shapes().items()
+        }
+
+    def _here(self, to: Receivers | None) -> list[str]:
+        """The names that this process is given."""
+        return [name for name in self.names if to is None or to.get(name) == self.mesh.reduction.rank]
+
+    def load_optimizer_state(self, keys: Iterable[str], part: Part) -> None:
         """Inverse of `optimizer_state`: `part` of each of `keys`; the state that was there is gone."""
         self.optimizer.state.clear()
         for state, key in {key.rpartition("/")[2]: key for key in keys}.items():
@@ -146,7 +176,7 @@ class Engine(ABC):
                 values = [part(key).clone() for _ in self.held]
             else:
                 values = [torch.empty_like(weight) for weight in self.held]
-                self.fill(values, lambda name, state=state: part(f"{name}/{state}"))
+                self.fill(values, lambda name, *span, state=state: part(f"{name}/{state}", *span))
             for weight, value in zip(self.held, values, strict=True):
                 self.optimizer.state[weight][state] = value
 
@@ -196,20 +226,28 @@ class PlainEngine(Engine):
     def publish(self) -> None:
         pass
 
-    def named(self, like_held: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
-        yield from zip(self.names, like_held, strict=True)
+    def named(self, like_held: Sequence[Tensor], to: Receivers | None = None) -> Iterator[tuple[str, Tensor]]:
+        tensors = dict(zip(self.names, like_held, strict=True))
+        yield from ((name, tensors[name]) for name in self._here(to))
+
+    def shapes(self) -> dict[str, torch.Size]:
+        return {name: tensor.shape for name, tensor in self.named(self.held)}
 
     @torch.no_grad()
-    def fill(self, like_held: Sequence[Tensor], part: Callable[[str], Tensor]) -> None:
+    def fill(self, like_held: Sequence[Tensor], part: Part) -> None:
         for name, tensor in self.named(like_held):
             tensor.copy_(part(name))
 
-    def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
+    def optimizer_state(self, to: Receivers | None = None) -> Iterator[tuple[str, Tensor]]:
         for name, weight in self.named(self.held):
-            for key, value in self.optimizer.state.get(weight, {}).items():
-                yield f"{name}/{key}", value
+            for key, value in sorted(self.optimizer.state.get(weight, {}).items()):
+                if to is None or to.get(f"{name}/{key}") == self.mesh.reduction.rank:
+                    yield f"{name}/{key}", value
 
-    def load_optimizer_state(self, keys: Iterable[str], part: Callable[[str], Tensor]) -> None:
+    def optimizer_outline(self) -> dict[str, Tensor]:
+        return {key: torch.empty_like(value, device="meta") for key, value in self.optimizer_state()}
+
+    def load_optimizer_state(self, keys: Iterable[str], part: Part) -> None:
         self.optimizer.state.clear()
         weights = dict(self.named(self.held))
         for key in keys:

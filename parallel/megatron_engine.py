@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from braid.kernels.capabilities import require
-from braid.parallel.engine import Engine, NotFinite, clip_gradients, gradient_norm
+from braid.parallel.engine import Engine, NotFinite, Part, Receivers, clip_gradients, gradient_norm
 from braid.parallel.layers import sum_partial_gradients
 from braid.parallel.mesh import Mesh
 from braid.parallel.pipeline import sum_replicated_gradients
@@ -197,21 +197,26 @@ class MegatronEngine(Engine):
         with super().writing() as held:
             yield held
 
-    def named(self, like_held: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
-        mine, peers = self._mine(like_held), self.mesh.reduction
+    def named(self, like_held: Sequence[Tensor], to: Receivers | None = None) -> Iterator[tuple[str, Tensor]]:
+        mine = self._mine(like_held)
         for name, parameter in self._parameters.items():
-            whole = torch.empty(parameter.numel(), device=parameter.device)
-            for rank, (start, stop) in enumerate(self._ranges[name]):
-                if rank == peers.rank and start < stop:
-                    whole[start:stop] = mine[name].detach()
-                if start < stop:
-                    peers.broadcast(whole[start:stop], source=rank)
-            yield name, whole.view(parameter.shape)
+            if to is not None and name not in to:
+                continue
+            ranges = self._ranges[name]
+            pieces = [(rank, start, stop) for rank, (start, stop) in enumerate(ranges) if start < stop]
+            own = [mine[name]] if name in mine else []
+            receiver = None if to is None else to[name]
+            whole = self.mesh.reduction.join(pieces, own, torch.float32, parameter.device, receiver)
+            if whole is not None:
+                yield name, whole.view(parameter.shape)
+
+    def shapes(self) -> dict[str, torch.Size]:
+        return {name: parameter.shape for name, parameter in self._parameters.items()}
 
     @torch.no_grad()
-    def fill(self, like_held: Sequence[Tensor], part: Callable[[str], Tensor]) -> None:
+    def fill(self, like_held: Sequence[Tensor], part: Part) -> None:
         for name, tensor in self._mine(like_held).items():
-            tensor.copy_(self._part(part(name), name))
+            tensor.copy_(part(name, *self._ranges[name][self.mesh.reduction.rank]))
 
     def untrained(self) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in self.module.state_dict().items() if name not in self._parameters}

@@ -11,7 +11,7 @@ look them up in its global state; pure data parallelism needs neither them nor M
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -102,6 +102,40 @@ class Axis:
         with self._named("transfer"):
             dist.recv(tensor, group=self.group, group_src=source)
         return tensor
+
+    @torch.no_grad()
+    def join(
+        self,
+        pieces: Sequence[tuple[int, int, int]],
+        own: Iterable[Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
+        to: int | None = None,
+    ) -> Tensor | None:
+        """A flat tensor out of pieces that lie with several positions: whole on position `to` and None elsewhere, or
+        whole everywhere for None. What moves is what `to` does not have.
+
+        Args:
+            pieces: (position, start, stop) of each, which together cover the tensor once.
+            own: those of this process, in their order.
+            device: of the result; a piece of `own` may lie elsewhere.
+        """
+        here, own, transfers = to is None or to == self.rank, iter(own), []
+        whole = torch.empty(sum(stop - start for _, start, stop in pieces) if here else 0, dtype=dtype, device=device)
+        for source, start, stop in pieces:
+            piece = whole[start:stop]
+            if source == self.rank:
+                piece = piece.copy_(next(own)) if here else next(own).detach().to(device)
+            if to is None:
+                self.broadcast(piece, source)
+            elif self.rank == source != to:
+                transfers.append(dist.P2POp(dist.isend, piece, group=self.group, group_peer=to))
+            elif self.rank == to != source:
+                transfers.append(dist.P2POp(dist.irecv, piece, group=self.group, group_peer=source))
+        with self._named("transfer"):
+            for transfer in dist.batch_isend_irecv(transfers) if transfers else ():
+                transfer.wait()
+        return whole if here else None
 
     def broadcast_object(self, value: T, source: int = 0) -> T:
         """The value of position `source` (anything that pickles) everywhere; what the others pass is ignored."""

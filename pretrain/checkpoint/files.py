@@ -66,6 +66,7 @@ def write_file(path: Path, chunks: Iterator[bytes | memoryview]) -> tuple[int, s
             digest.update(chunk)
             size += len(chunk)
             file.write(chunk)
+            del chunk  # it may be the memory of a tensor
         file.flush()
         os.fsync(file.fileno())
     return size, digest.hexdigest()

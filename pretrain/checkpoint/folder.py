@@ -30,7 +30,7 @@ the safetensors package are all it takes to read a checkpoint:
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ import xxhash
 
 from braid.kernels.errors import CheckpointError
 from braid.pretrain.checkpoint.files import hash_file
-from braid.pretrain.checkpoint.pieces import Entry, Index, Part, read_part
+from braid.pretrain.checkpoint.pieces import Entry, Index, Part, read_part, read_span
 from braid.pretrain.checkpoint.tensor_files import TensorFile
 
 if TYPE_CHECKING:
@@ -73,14 +73,18 @@ class CheckpointReader:
         values = self.read_part(group, name, None if shard is None else Part.of(shard))
         return values if shard is None else shard.pad(values)
 
-    def read_part(self, group: str, name: str, part: Part | None) -> Tensor:
-        """The part of a tensor, None for all of it, on the CPU.
+    def read_span(self, group: str, name: str, shard: Shard | None, start: int, stop: int) -> Tensor:
+        """Of what `read` gives, laid end to end, the values from `start` to `stop`. Raises CheckpointError."""
+        return self._reading(group, name, lambda entry: read_span(entry, name, shard, start, stop, self._open))
 
-        Raises:
-            CheckpointError: a file cannot be read, or the index says of it what it does not hold.
-        """
+    def read_part(self, group: str, name: str, part: Part | None) -> Tensor:
+        """The part of a tensor, None for all of it, on the CPU. Raises CheckpointError."""
+        return self._reading(group, name, lambda entry: read_part(entry, name, part, self._open))
+
+    def _reading(self, group: str, name: str, read: Callable[[Entry], Tensor]) -> Tensor:
+        """CheckpointError: a file cannot be read, or the index says of it what it does not hold."""
         try:
-            return read_part(self.index[group][name], name, part, self._open)
+            return read(self.index[group][name])
         except (OSError, ValueError) as error:
             raise refusal(self.path, f"{name} of {group} cannot be read: {error}") from error
 

@@ -4,21 +4,23 @@ A checkpoint is of whole tensors, by the names of one process; those of the opti
 name>`. A process holds some of them, and of a parameter that the tensor axis divides a part (parallel/layers.Shard).
 Each is written once:
 
-    of the ranks that have the same part, those with position 0 on the reduction axis write;
     of the pipeline stages that have a name, the lowest writes it (a table shared by embedding and head lies on two);
-    what the tensor axis has whole on every rank, its rank 0 writes.
+    what the tensor axis has whole on every rank, its rank 0 writes;
+    the ranks of the reduction axis, which have the same part of the model or pieces of it, share it: each writes about
+    as many bytes, in tensors that are not cut further.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import heapq
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from braid.parallel.layers import Shard, whole_shape
-from braid.parallel.mesh import Mesh
+from braid.parallel.mesh import Axis, Mesh
 
 from .pieces import LocalTensor, local_tensor
 
@@ -34,22 +36,36 @@ class Layout:
     here: frozenset[str]
     """Names that this process has."""
     owned: frozenset[str]
-    """Names that this process writes, or its part of them."""
+    """Names that this process and those of its reduction axis write, or their part of them."""
     first: bool
-    """Of the ranks of the tensor axis, it is the one that writes what all of them have."""
+    """Of the ranks of the tensor axis, it is one that writes what all of them have."""
     writes_the_rest: bool
-    """It is the one process that writes what belongs to no stage."""
+    """It is one of those that write what belongs to no stage."""
+    reduction: Axis
+    """Of the ranks that share what is to be written."""
 
     def shard(self, key: str, num_dims: int) -> Shard | None:
         """How a tensor is divided; an optimizer's step counters are not."""
         return self.shards.get(_name(key)) if num_dims else None
 
-    def written(self, named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, LocalTensor]]:
-        """What this process writes of the tensors it has."""
-        for key, held in named:
-            shard = self.shard(key, held.ndim)
-            if _name(key) in self.owned and (self.first or shard is not None):
-                yield key, local_tensor(held, shard)
+    def writes(self, key: str, num_dims: int) -> bool:
+        """Whether one of the reduction axis writes what they have of it."""
+        return _name(key) in self.owned and (self.first or self.shard(key, num_dims) is not None)
+
+    def local(self, key: str, held: Tensor) -> LocalTensor:
+        """A tensor that this process has, as it is written."""
+        return local_tensor(held, self.shard(key, held.ndim))
+
+    def share(self, groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, int]]:
+        """Group -> key -> the position on the reduction axis that writes it: the largest first, each to whoever has
+        least yet. The same on all positions, which have the same tensors (be it on the device `meta`)."""
+        named = [(group, key, held) for group, tensors in groups.items() for key, held in tensors.items()]
+        loads = [(0, position) for position in range(self.reduction.size)]
+        writers: dict[str, dict[str, int]] = {group: {} for group in groups}
+        for group, key, held in sorted(named, key=lambda each: -each[2].nbytes):
+            load, writers[group][key] = loads[0]
+            heapq.heapreplace(loads, (load + held.nbytes, writers[group][key]))
+        return writers
 
     def has(self, key: str) -> bool:
         return _name(key) in self.here
@@ -68,9 +84,10 @@ def build_layout(module: nn.Module, mesh: Mesh) -> Layout:
         shapes=everywhere,
         shards=shards_of(module),
         here=frozenset(shapes),
-        owned=frozenset(shapes.keys() - lower if mesh.reduction.rank == 0 else ()),
+        owned=frozenset(shapes.keys() - lower),
         first=mesh.tensor.rank == 0,
-        writes_the_rest=mesh.world.rank == 0,
+        writes_the_rest=mesh.tensor.rank == 0 and mesh.is_first_stage,
+        reduction=mesh.reduction,
     )
 
 

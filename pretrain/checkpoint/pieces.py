@@ -117,18 +117,27 @@ def merge_indices(indices: Iterable[Index]) -> Index:
     return merged
 
 
-def read_part(entry: Entry, name: str, wanted: Part | None, open_file: Callable[[str], TensorFile]) -> Tensor:
-    """The wanted part of a tensor, all of it for None, on the CPU, reading nothing else of its pieces."""
+def read_part(
+    entry: Entry,
+    name: str,
+    wanted: Part | None,
+    open_file: Callable[[str], TensorFile],
+    rows: tuple[int, int] | None = None,
+) -> Tensor:
+    """The wanted part of a tensor, all of it for None, on the CPU, reading nothing else of its pieces. Of that part
+    the `rows` (start, stop) alone, where they are given."""
     whole = [(0, length) for length in entry.shape]
-    if wanted is None and entry.pieces[0].part is None:
+    if wanted is None and rows is None and entry.pieces[0].part is None:
         return open_file(entry.pieces[0].file).read(name, whole)
     wanted = wanted or Part(0, (whole[0],))
     shape = list(entry.shape)
     shape[wanted.dim] = wanted.length
+    rows = rows or (0, shape[0])
+    shape[0] = rows[1] - rows[0]
     values, found = torch.empty(shape, dtype=DTYPES[entry.dtype]), 0
     for piece in entry.pieces:
         held = piece.part or Part(wanted.dim, (whole[wanted.dim],))
-        for target, source in _common(wanted, held, whole):
+        for target, source in _between(rows, _common(wanted, held, whole)):
             place = values[tuple(slice(*edges) for edges in target)]
             if place.is_contiguous():
                 open_file(piece.file).read(name, source, place)
@@ -138,6 +147,26 @@ def read_part(entry: Entry, name: str, wanted: Part | None, open_file: Callable[
     if found != values.numel():
         raise ValueError(f"its pieces have {found} of {values.numel()} values of {name}")
     return values
+
+
+def read_span(
+    entry: Entry, name: str, shard: Shard | None, start: int, stop: int, open_file: Callable[[str], TensorFile]
+) -> Tensor:
+    """Of what a process holds of a tensor (all of it for None; zeros at its end included), laid end to end, the values
+    from `start` to `stop`. What is read are the rows in which they lie."""
+    part = None if shard is None else Part.of(shard)
+    shape = list(entry.shape)
+    if shard is not None:
+        shape[shard.dim] = shard.parts * shard.piece
+    row = math.prod(shape[1:])
+    first, last = start // row, -(-stop // row)
+    padded = shard is not None and part.length < shape[shard.dim]
+    if padded and shard.dim == 0:  # its rows are not those of the files
+        rows = shard.pad(read_part(entry, name, part, open_file))[first:last]
+    else:
+        rows = read_part(entry, name, part, open_file, (first, last))
+        rows = shard.pad(rows) if padded else rows
+    return rows.reshape(-1)[start - first * row : stop - first * row]
 
 
 Box = list[tuple[int, int]]
@@ -154,6 +183,18 @@ def _common(wanted: Part, held: Part, whole: Sequence[tuple[int, int]]) -> Itera
             yield (
                 _box(whole, {wanted.dim: mine, held.dim: across}),
                 _box(whole, {wanted.dim: along, held.dim: theirs}),
+            )
+
+
+def _between(rows: tuple[int, int], boxes: Iterable[tuple[Box, Box]]) -> Iterator[tuple[Box, Box]]:
+    """The same of these rows of the wanted part alone, which then begins with the first of them."""
+    for target, source in boxes:
+        (start, stop), (low, _) = target[0], source[0]
+        begin, end = max(start, rows[0]), min(stop, rows[1])
+        if begin < end:
+            yield (
+                [(begin - rows[0], end - rows[0]), *target[1:]],
+                [(low + begin - start, low + end - start), *source[1:]],
             )
 
 

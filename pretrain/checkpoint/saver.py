@@ -1,18 +1,20 @@
 """Saving a run from all its ranks, while training waits or while it goes on.
 
-Writers are the ranks with position 0 on the reduction axis: together they hold the model once. All of them write into
-one temporary folder, so all must see the run directory; what each has written (names, sizes, hashes) travels to rank 0,
-which commits (`store.py`). A failure on any of them is a failure of the save, which leaves nothing behind.
+Every rank writes its share (`layout.py`), all of them into one temporary folder, so all must see the run directory;
+what each has written (names, sizes, hashes) travels to rank 0, which commits (`store.py`). A failure on any of them is
+a failure of the save, which leaves nothing behind.
 
-An asynchronous save costs every writer the memory of what it writes once more, on the host: with AdamW and averaged
-weights 16 bytes for each parameter it holds. Training waits while that is copied; a thread then writes the copies, and
-commits, and frees them. Where memory would run short (`available_memory`), training waits for that save instead. The
-files are the same, bit for bit.
+Tensors come one after the other, moved to the rank that writes them and to the host when it is their turn, and a thread
+writes them. In an asynchronous save training waits until all have come, as copies, and goes on while they are written:
+that costs every rank the memory of its share once more, freed tensor by tensor. In a synchronous one, and where memory
+would run short (`available_memory`), no more of them are there at a time than fit into `BUFFER` and two beyond,
+whatever the size of the model, and training waits to the end. The files are the same, bit for bit.
 
-No deadlock. The thread has a process group of its own (gloo, writers only) and nobody else uses it, so its one
-collective cannot cross those of training. What training needs to know, that the save in flight is over and how it
-ended, it asks in its own collectives (`settle`), at points that all ranks reach alike: after each step, and before the
-next save. There is one save in flight at most.
+No deadlock. The thread has a process group of its own (gloo) and nobody else uses it, so its one collective cannot
+cross those of training. What training needs to know, that the save in flight is over and how it ended, it asks in its
+own collectives (`settle`), at points that all ranks reach alike: after each step, and before the next save. There is
+one save in flight at most. Ranks that move tensors wait for each other's disks, a buffer at a time; those that are done
+with it wait for the others on a group that has the patience.
 """
 
 from __future__ import annotations
@@ -29,16 +31,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from braid.parallel.mesh import Mesh
 
 from .folder import reads_back
+from .handover import Handover
 from .pieces import LocalTensor
 from .store import Attempt, CheckpointStore, SaveFailed, format_bytes
 from .writing import Written, write_tensors
 
 WRITING_TIMEOUT_S = 3600.0
-"""Patience of a writer that is done with one that still writes."""
+"""Patience of a rank that is done with one that still writes."""
 CLOSING_TIMEOUT_S = 600.0
 """Patience of a run that ends in an error with its save in flight."""
 FOLDER_TIMEOUT_S = 30.0
@@ -47,6 +51,8 @@ MEMORY_MARGIN = 2**29
 """Bytes of host memory that an asynchronous save leaves free."""
 MEMORY_STEP = 2**26
 """Bytes copied before it is asked again how much there is: other processes copy too."""
+BUFFER = 2**28
+"""Bytes of tensors on the host that are not yet written, in a save for which training waits; one may be more."""
 POLL_S = 0.02
 
 
@@ -71,13 +77,12 @@ class Saver:
         self, store: CheckpointStore, mesh: Mesh, *, asynchronous: bool, report: Callable[[str], None] = print
     ) -> None:
         self.store, self.world, self.asynchronous, self.report = store, mesh.world, asynchronous, report
-        writes = self.world.all_gather_object(mesh.reduction.rank == 0)
-        writers = [rank for rank, each in enumerate(writes) if each]
-        self.num_writers = len(writers)
-        self.writer = writers.index(self.world.rank) if self.world.rank in writers else None
-        self._group = None
-        if self.num_writers > 1:
-            self._group = dist.new_group(writers, timedelta(seconds=WRITING_TIMEOUT_S), backend="gloo")
+        self._group = self._patient = None
+        if self.world.size > 1:
+            # One for the threads, and one for those who wait.
+            self._group, self._patient = (
+                dist.new_group(timeout=timedelta(seconds=WRITING_TIMEOUT_S), backend="gloo") for _ in range(2)
+            )
         self._step: int | None = None  # of the save in flight
         self._problem: SaveFailed | None = None  # known to rank 0, once it is over
         self._defect: Exception | None = None  # an error of ours on this rank
@@ -86,29 +91,25 @@ class Saver:
     def start(
         self,
         step: int,
-        groups: Mapping[str, Iterable[tuple[str, LocalTensor]]],
+        groups: Mapping[str, Mapping[str, LocalTensor]],
         state: dict[str, Any],
         files: Mapping[str, bytes] | None = None,
+        values: Iterable[tuple[str, str, Tensor]] | None = None,
     ) -> None:
         """Begin a save; it is over when `settle` says so. A step already saved and valid is left alone.
 
         Args:
-            groups: group -> (name, what this rank writes of the tensor); the iteration may be collective, so that ranks
-                which write nothing go through it too.
+            groups: group -> name -> what this rank writes of the tensor.
             state: what JSON gives back as it was (string keys, lists); rank 0's counts.
             files: relative name -> content; rank 0's count.
+            values: (group, name, values) of each of `groups`, which may then be on the device `meta`; the iteration may
+                be collective, and is not begun where nothing is saved.
         """
         assert self._step is None, "settle the save before"
         text, files = json.dumps(state, indent=1), files or {}
         assert json.loads(text) == state or "NaN" in text, "state must survive JSON: string keys, lists, no tuples"
-        tensors, short = self._collect(groups)
-        size = sum(each.values.nbytes for named in tensors.values() for each in named.values())
-        size, num_short = self.world.all_reduce_sum(torch.tensor([size, short])).tolist()
-        if num_short and self.world.rank == 0:
-            self.report(
-                f"the checkpoint of step {step} is saved while training waits: its {format_bytes(size)} are more than "
-                f"the host memory of {num_short} of {self.num_writers} writers can hold once more"
-            )
+        size = sum(each.values.nbytes for named in groups.values() for each in named.values())
+        size = int(self.world.all_reduce_sum(torch.tensor(size)))
         attempt = problem = None
         if self.world.rank == 0:
             try:
@@ -120,10 +121,24 @@ class Saver:
         if attempt is None:  # it has failed, or was there already
             return
         self.store.num_saves += 1
-        work = (attempt, tensors, text, files)
-        if self.writer is not None:
-            self._thread = threading.Thread(target=self._work, args=work, name="checkpoint", daemon=True)
-            self._thread.start()
+        handover = Handover()
+        work = (attempt, groups, handover, text, files)
+        self._thread = threading.Thread(target=self._work, args=work, name="checkpoint", daemon=True)
+        self._thread.start()
+        if values is None:
+            values = ((group, name, each.values) for group, named in groups.items() for name, each in named.items())
+        try:
+            short = self._give(values, handover)
+        except BaseException:
+            handover.end()
+            self._thread = None  # what was not given cannot be finished
+            raise
+        num_short = self._count(short)
+        if num_short and self.world.rank == 0:
+            self.report(
+                f"the checkpoint of step {step} is saved while training waits: its {format_bytes(size)} are more than "
+                f"the host memory of {num_short} of {self.world.size} ranks can hold once more"
+            )
         if num_short or not self.asynchronous:
             self._wait()
 
@@ -148,10 +163,18 @@ class Saver:
     def _wait(self) -> None:
         """Until all writers are done. In short collectives, for they may write longer than one has patience."""
         while self._running():
-            if self._thread is None:
-                time.sleep(POLL_S)
-            else:
-                self._thread.join(POLL_S)
+            self._thread.join(POLL_S)
+
+    def _count(self, flag: bool) -> int:
+        """On how many ranks it is true, once all have come here; they may still write what others wait for."""
+        count = torch.tensor(int(flag))
+        if self._patient is not None:
+            with self.world.watching():
+                arriving = dist.all_reduce(count, group=self._patient, async_op=True)
+                while not arriving.is_completed():  # else no signal would be looked at
+                    time.sleep(POLL_S)
+                arriving.wait()
+        return int(count)
 
     def close(self, *, wait: bool) -> None:
         """The run ends, perhaps in the middle of a save, and perhaps without its peers: not collective. The save is
@@ -165,37 +188,42 @@ class Saver:
         elif self._problem is not None:
             self.report(f"the checkpoint of step {self._step} could not be saved\n{self._problem}")
 
-    def _collect(self, groups: Mapping[str, Iterable[tuple[str, LocalTensor]]]) -> tuple[dict, bool]:
-        """What this rank writes, on the CPU; for an asynchronous save copies, as long as there is memory for them.
-        Whether there was not."""
-        tensors: dict[str, dict[str, LocalTensor]] = {}
+    def _give(self, values: Iterable[tuple[str, str, Tensor]], handover: Handover) -> bool:
+        """Hand what this rank writes to its thread, on the CPU; for an asynchronous save copies, as long as there is
+        memory for them. Whether there was not."""
         room, short = 0, False
-        for group, named in groups.items():
-            tensors[group] = {}
-            for name, local in named:
-                values = local.values.detach()
-                if self.asynchronous and not short and room < values.nbytes:
-                    room = min(available_memory() - MEMORY_MARGIN, max(values.nbytes, MEMORY_STEP))
-                    short = room < values.nbytes
-                room -= values.nbytes
-                values = values.to("cpu", copy=self.asynchronous and not short)
-                tensors[group][name] = LocalTensor(values, local.shape, local.part)
-        return tensors, short
+        for group, name, each in values:
+            if self.asynchronous and not short and room < each.nbytes:
+                room = min(available_memory() - MEMORY_MARGIN, max(each.nbytes, MEMORY_STEP))
+                short = room < each.nbytes
+            room -= each.nbytes
+            copied = self.asynchronous and not short
+            handover.give((group, name), each.detach().to("cpu", copy=copied), None if copied else BUFFER)
+            del each  # while the next is waited for
+        return short
 
     # -- what a writer does, in its thread -----------------------------------------------------------------------------
 
-    def _work(self, attempt: Attempt, tensors: dict, state: str, files: Mapping[str, bytes]) -> None:
+    def _work(
+        self,
+        attempt: Attempt,
+        groups: Mapping[str, Mapping[str, LocalTensor]],
+        handover: Handover,
+        state: str,
+        files: Mapping[str, bytes],
+    ) -> None:
         cause = None
         try:
-            written = self._write(attempt, tensors)
+            written = self._write(attempt, groups, handover)
         except Exception as error:
             cause, written = error, f"{type(error).__name__}: {error}"
             if isinstance(error, OSError):
                 written = str(error)
             else:
                 self._defect = error
-            if self.writer:
+            if self.world.rank:
                 written = f"rank {self.world.rank} on {socket.gethostname()}: {written}"
+        handover.end()
         try:
             self._finish(attempt, self._gather(written), cause, state, files)
         except SaveFailed as failure:
@@ -203,7 +231,7 @@ class Saver:
         except Exception as error:
             self._defect = error
 
-    def _write(self, attempt: Attempt, tensors: dict[str, dict[str, LocalTensor]]) -> Written:
+    def _write(self, attempt: Attempt, groups: Mapping[str, Mapping[str, LocalTensor]], handover: Handover) -> Written:
         deadline = time.monotonic() + FOLDER_TIMEOUT_S
         while not attempt.temporary.is_dir():
             if time.monotonic() > deadline:
@@ -212,8 +240,9 @@ class Saver:
                     "run.dir must be on a file system that all machines of the run share"
                 )
             time.sleep(0.1)
-        written = write_tensors(attempt.temporary, tensors, self.store.fault, self.writer, self.num_writers)
-        if self.writer and (problem := reads_back(attempt.temporary, written.files)):
+        rank, size = self.world.rank, self.world.size
+        written = write_tensors(attempt.temporary, groups, self.store.fault, rank, size, handover.take)
+        if rank and (problem := reads_back(attempt.temporary, written.files)):
             raise OSError(f"what was written reads back differently: {problem}")
         return written
 
@@ -221,7 +250,7 @@ class Saver:
         """What every writer has written, or why it has not; rank 0 alone gets it."""
         if self._group is None:
             return [written]
-        box = [None] * self.num_writers if self.writer == 0 else None
+        box = [None] * self.world.size if self.world.rank == 0 else None
         try:
             dist.gather_object(written, box, group=self._group, group_dst=0)
         except RuntimeError as error:  # all that gloo raises
@@ -236,7 +265,7 @@ class Saver:
         state: str,
         files: Mapping[str, bytes],
     ) -> None:
-        if self.writer != 0:
+        if self.world.rank != 0:
             return
         problems = [each for each in by_writers if isinstance(each, str)]
         if problems:

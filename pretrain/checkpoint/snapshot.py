@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, is_dataclass
 from dataclasses import fields as dataclass_fields
 from importlib.metadata import version
@@ -18,7 +18,7 @@ from braid.data_pipeline.mixture import Stage
 from braid.data_pipeline.tokenizers import Tokenizer, load_tokenizer
 from braid.kernels.errors import CheckpointError
 from braid.kernels.random import CONTRACT_VERSION
-from braid.parallel.engine import Engine
+from braid.parallel.engine import Engine, Part
 from braid.pretrain.config.load import dump_config, load_config
 from braid.pretrain.config.schema import Config
 from braid.pretrain.model.encoders import TableEncoder
@@ -28,7 +28,7 @@ from braid.pretrain.training.ema import EMA
 
 from .folder import MANIFEST, CheckpointReader, open_checkpoint, refusal, verify_folder
 from .layout import Layout
-from .pieces import LocalTensor, local_tensor
+from .pieces import LocalTensor
 from .store import CheckpointStore
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -64,19 +64,50 @@ def checkpoint_files(config: Config, tokenizer: Tokenizer) -> dict[str, bytes]:
 
 def tensors_to_save(
     objective: Objective, engine: Engine, ema: EMA | None, layout: Layout
-) -> dict[str, Iterator[tuple[str, LocalTensor]]]:
-    """Group -> what this process writes of its tensors (weights, ema, optimizer, encoder). The iteration is collective
-    over the reduction axis."""
-    groups = {
-        "weights": layout.written(chain(engine.named(engine.held), engine.untrained().items())),
-        "optimizer": layout.written(engine.optimizer_state()),
-    }
+) -> tuple[dict[str, dict[str, LocalTensor]], Iterator[tuple[str, str, Tensor]]]:
+    """What this process writes: group (weights, optimizer, ema, encoder) -> name -> tensor on the device `meta`; and
+    then their values, as (group, name, values), one after the other. Collective over the reduction axis, and so is the
+    iteration, in which values move to the process that writes them."""
+    outline, encoder = _outline(engine), getattr(objective, "encoder", None)
+    rest = {"weights": engine.untrained()}
+    groups = {"weights": outline | _on_meta(rest["weights"]), "optimizer": engine.optimizer_outline()}
     if ema:
-        groups["ema"] = layout.written(engine.named(ema.averages))
-    encoder = getattr(objective, "encoder", None)
+        groups["ema"] = outline
+    groups = {
+        group: {key: held for key, held in tensors.items() if layout.writes(key, held.ndim)}
+        for group, tensors in groups.items()
+    }
     if isinstance(encoder, TableEncoder):
-        groups["encoder"] = iter([("table", local_tensor(encoder.table, None))] if layout.writes_the_rest else [])
-    return groups
+        rest["encoder"] = {"table": encoder.table} if layout.writes_the_rest else {}
+        groups["encoder"] = _on_meta(rest["encoder"])
+    writers, here = layout.share(groups), layout.reduction.rank
+
+    def given() -> Iterator[tuple[str, str, Tensor]]:
+        named = {
+            "weights": engine.named(engine.held, writers["weights"]),
+            "optimizer": engine.optimizer_state(writers["optimizer"]),
+        }
+        if ema:
+            named["ema"] = engine.named(ema.averages, writers["ema"])
+        for group, to in writers.items():
+            own = ((key, held) for key, held in rest.get(group, {}).items() if to.get(key) == here)
+            for key, held in chain(named.get(group, ()), own):
+                yield group, key, layout.local(key, held).values
+
+    mine = {
+        group: {key: layout.local(key, held) for key, held in tensors.items() if writers[group][key] == here}
+        for group, tensors in groups.items()
+    }
+    return mine, given()
+
+
+def _outline(engine: Engine) -> dict[str, Tensor]:
+    """What the engine gives of weights and their averages, on the device `meta`."""
+    return {name: torch.empty(shape, dtype=torch.float32, device="meta") for name, shape in engine.shapes().items()}
+
+
+def _on_meta(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
 
 
 def describe(
@@ -151,19 +182,27 @@ def restore(
             change="set training.ema_decay=0, or start in another run.dir",
         )
 
-    def part(group: str) -> Callable[[str], Tensor]:
-        """Reads what this process holds of a tensor."""
-        entries = reader.index[group]
-        return lambda key: reader.read(group, key, layout.shard(key, len(entries[key].shape)))
-
+    weights = saved_part(reader, "weights", layout)
     with engine.writing() as trained:
         for name, tensor in engine.untrained().items():
-            tensor.copy_(part("weights")(name))
-        engine.fill(trained, part("weights"))
-    engine.load_optimizer_state([key for key in reader.index["optimizer"] if layout.has(key)], part("optimizer"))
+            tensor.copy_(weights(name))
+        engine.fill(trained, weights)
+    keys = [key for key in reader.index["optimizer"] if layout.has(key)]
+    engine.load_optimizer_state(keys, saved_part(reader, "optimizer", layout))
     if ema:
-        engine.fill(ema.averages, part("ema"))
+        engine.fill(ema.averages, saved_part(reader, "ema", layout))
     return [f"{field}: {change}" for field, change in changes.items() if not field.startswith(UNMENTIONED)]
+
+
+def saved_part(reader: CheckpointReader, group: str, layout: Layout) -> Part:
+    """Reads what this process holds of a tensor of a group, or a span of that."""
+    entries = reader.index[group]
+
+    def read(key: str, *span: int) -> Tensor:
+        shard = layout.shard(key, len(entries[key].shape))
+        return reader.read_span(group, key, shard, *span) if span else reader.read(group, key, shard)
+
+    return read
 
 
 def _setting_changes(saved: Config, running: Config) -> dict[str, str]:

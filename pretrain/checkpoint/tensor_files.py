@@ -36,15 +36,15 @@ def safetensors_chunks(
 ) -> Iterator[bytes | memoryview]:
     """A safetensors file as a stream: 8-byte little-endian header length, JSON header padded to 8 bytes, raw data.
 
-    Tensors lie in order of falling element size, then by name, so that each starts aligned. Tensors that share memory
-    are written as often as they are named.
+    Tensors lie in order of falling element size, so that each starts aligned, and else as they are given. Tensors that
+    share memory are written as often as they are named.
 
     Args:
         between: called after each tensor.
         load: gives the values of each name, one after the other; `tensors` may then be on the device `meta`.
     """
     load = load or tensors.__getitem__
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    order = sorted(tensors, key=lambda name: -tensors[name].element_size())
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
     for name in order:
@@ -61,6 +61,7 @@ def safetensors_chunks(
         raw = _bytes_of(load(name).detach().cpu().contiguous())
         for first in range(0, len(raw), CHUNK):
             yield raw[first : first + CHUNK]
+        del raw  # before the next tensor is waited for
         between()
 
 

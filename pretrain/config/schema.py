@@ -188,8 +188,9 @@ class CheckpointConfig:
     keep: int = 2
     """Newest checkpoints kept; older ones are removed once a newer one is verified. 0 keeps all."""
     asynchronous: bool = True
-    """Train on while a checkpoint is written. It costs host memory: each rank's part of weights, moments and averages
-    once more, 16 bytes a parameter with AdamW; a save that does not fit is made while training waits."""
+    """Train on while a checkpoint is written. It costs host memory: weights, moments and averages once more, 16 bytes a
+    parameter with AdamW, shared by all ranks; a save that does not fit is made while training waits, a few tensors at a
+    time."""
     resume: str = "auto"
     """`auto` (go on from the newest valid checkpoint of this run, if any) or `never` (refuse to reuse the folder)."""
 

@@ -364,8 +364,8 @@ class Trainer:
             "loader": self.loader.state_dict(),
         }
         state = describe(self.config, self.step, self.objective, state, self.tokenizer, self.world.size)
-        tensors = tensors_to_save(self.objective, self.engine, self.ema, self.layout)
-        self.saver.start(self.step, tensors, state, self.checkpoint_files)
+        groups, values = tensors_to_save(self.objective, self.engine, self.ema, self.layout)
+        self.saver.start(self.step, groups, state, self.checkpoint_files, values)
         schedule = self._schedule()
         if self.world.rank == 0:
             try:

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from gathering import gather_stages
+from gathering import gather_stages, part_of
 from pipeline_bodies import build_piece
 from tensor_cases import BATCH, MODEL, batch_and_noise, build
 
@@ -250,8 +250,8 @@ def moved(world: World, name: str, plan: ParallelConfig, width: int = 32) -> boo
     with fresh.writing() as held:
         for key, value in fresh.untrained().items():
             value.copy_(rest[key])
-        fresh.fill(held, weights.__getitem__)
-    fresh.load_optimizer_state(state.keys(), state.__getitem__)
+        fresh.fill(held, part_of(weights))
+    fresh.load_optimizer_state(state.keys(), part_of(state))
     same = [_same(objective, engine, other, fresh, mesh)]
     norms = [one_step(*each, mesh) for each in ((objective, engine), (other, fresh))]
     return all([*same, torch.equal(*norms), _same(objective, engine, other, fresh, mesh)])

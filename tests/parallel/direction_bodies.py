@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from gathering import part_of
 from pipeline_bodies import num_blocks
 from tensor_cases import LENGTH, build
 
@@ -70,6 +71,6 @@ def probes(world: World, names: list[str], plan: ParallelConfig, broken: str, pr
             for key, value in whole.items():
                 if key.endswith("out.weight"):  # of an attention
                     value.zero_()
-            engine.fill(held, whole.__getitem__)
+            engine.fill(held, part_of(whole))
         said[name].append(look())
     return said

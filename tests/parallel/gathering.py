@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from braid.parallel.engine import Part
 from braid.parallel.layers import Shard, gather_whole
 from braid.parallel.mesh import Axis
 from braid.parallel.pipeline import counts_here
@@ -45,6 +47,15 @@ def gather_stages(groups: dict[str, dict[str, Tensor]], module: nn.Module, axis:
     if axis.rank > 0:
         return groups
     return {group: {key: t for part in parts for key, t in part[group].items()} for group in groups}
+
+
+def part_of(tensors: Mapping[str, Tensor]) -> Part:
+    """As an engine asks for it."""
+
+    def part(key: str, *span: int) -> Tensor:
+        return tensors[key].reshape(-1)[slice(*span)] if span else tensors[key]
+
+    return part
 
 
 def _shard(key: str, tensor: Tensor, shards: dict[str, Shard]) -> Shard | None:

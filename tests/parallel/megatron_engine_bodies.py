@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from engine_bodies import CLIPPED_TO, OPTIMIZER, engine_around, engine_for, losses, row, total, whole
-from gathering import gather_stages
+from gathering import gather_stages, part_of
 from pipeline_bodies import build_piece
 from tensor_cases import BATCH, MODEL, batch_and_noise, build
 from torch import Tensor, nn
@@ -60,11 +60,15 @@ def round_trip(world: World, precision: str) -> list[int]:
         mesh.reduction.broadcast(value)
         value.view(-1)[::3] = -0.0
     like = [torch.full_like(tensor, float("nan")) for tensor in engine.held]
-    engine.fill(like, others.__getitem__)
+    engine.fill(like, part_of(others))
     same(copies(engine.named(like)), others)
     same(copies(engine.named(engine.held)), before)  # it is where it was
+    to = {name: number % world.size for number, name in enumerate(engine.names[1:])}  # the first goes nowhere
+    given = copies(engine.named(like, to))
+    assert given.keys() == {name for name, position in to.items() if position == world.rank}
+    assert all(torch.equal(value, others[name]) for name, value in given.items())
     with engine.writing() as held:
-        engine.fill(held, others.__getitem__)
+        engine.fill(held, part_of(others))
     for name, value in objective.named_parameters():
         assert torch.equal(value, others[name].to(value.dtype)), name
     return [sum(tensor.numel() for tensor in engine.held), sum(value.numel() for value in before.values())]

@@ -76,9 +76,18 @@ def talk_along_axes(world: World) -> dict[str, list]:
         "broadcast": [axis.broadcast(own.clone(), 1).tolist() for axis in (mesh.tensor, mesh.data)],
         "gathered": [axis.all_gather(own, dim).tolist() for axis in (mesh.tensor, mesh.data) for dim in (0, 1)],
         "odd": mesh.tensor.all_gather(odd, -1).tolist(),
+        "joined": [_joined(mesh.data, world.rank, to) for to in (0, 1, None)] + [_joined(mesh.context, world.rank, 0)],
         "alone": mesh.context.all_gather(own, 0).tolist() + mesh.context.broadcast(own).tolist(),
         "own": own.tolist(),
     }
+
+
+def _joined(axis: Axis, rank: int, to: int | None) -> list | None:
+    """Pieces of lengths 2, 3 and 1 that lie with the last position, the first and the last."""
+    pieces = [(axis.size - 1, 0, 2), (0, 2, 5), (axis.size - 1, 5, 6)]
+    own = [torch.full((stop - start,), 10 * rank + start) for at, start, stop in pieces if at == axis.rank]
+    whole = axis.join(pieces, own, torch.int64, torch.device("cpu"), to)
+    return None if whole is None else whole.tolist()
 
 
 def reduce_over_the_mesh(world: World) -> list[float]:

@@ -109,6 +109,10 @@ def test_collectives_along_axes(ranks) -> None:
         assert found["gathered"] == [rows[0], [sum(rows[0], [])], rows[1], [sum(rows[1], [])]]
         first, second = sorted((rank, beside))
         assert found["odd"] == [[100 * r + n for r in (first, second) for n in (i, i + 3)] for i in range(3)]
+        low, high = (10 * r for r in sorted((rank, across)))
+        joined = [high, high, low + 2, low + 2, low + 2, high + 5]
+        there = [joined, None] if rank < across else [None, joined]
+        assert found["joined"] == [*there, joined, [10 * rank + start for start in (0, 0, 2, 2, 2, 5)]]
         assert found["alone"] == [own, own] and found["own"] == [own], "what is gathered or copied is left as it was"
 
 

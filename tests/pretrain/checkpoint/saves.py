@@ -54,7 +54,7 @@ def save_these(
 ) -> Path:
     """Save, and wait for it. Raises SaveFailed."""
     saver = Saver(store, Mesh.single(), asynchronous=asynchronous)
-    named = {group: ((key, local_tensor(tensor, None)) for key, tensor in groups[group].items()) for group in groups}
+    named = {group: {key: local_tensor(tensor, None) for key, tensor in groups[group].items()} for group in groups}
     saver.start(step, named, state, files)
     ended = saver.settle(wait=True)
     assert ended.step == step and saver.settle(wait=True) is None

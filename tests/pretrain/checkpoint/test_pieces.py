@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from safetensors.torch import save_file
 
 from braid.parallel.layers import Shard
 from braid.pretrain.checkpoint import tensor_files
-from braid.pretrain.checkpoint.pieces import Entry, Index, Part, local_tensor, merge_indices, read_part
+from braid.pretrain.checkpoint.pieces import Entry, Index, Part, local_tensor, merge_indices, read_part, read_span
 from braid.pretrain.checkpoint.tensor_files import DTYPES, TensorFile
 from braid.pretrain.checkpoint.writing import write_tensors
 
@@ -38,14 +40,22 @@ def write(folder: Path, full: torch.Tensor, layout: list[Shard]) -> Index:
     return merged
 
 
+@contextmanager
+def opened(folder: Path, entry: Entry) -> Iterator[Callable[[str], TensorFile]]:
+    with ExitStack() as stack:
+        files = {piece.file: stack.enter_context(TensorFile(folder / piece.file)) for piece in entry.pieces}
+        yield files.__getitem__
+
+
 def read(folder: Path, entry: Entry, shard: Shard | None) -> torch.Tensor:
-    files = {piece.file: TensorFile(folder / piece.file) for piece in entry.pieces}
-    try:
-        values = read_part(entry, "w", None if shard is None else Part.of(shard), files.__getitem__)
-    finally:
-        for file in files.values():
-            file.close()
+    with opened(folder, entry) as open_file:
+        values = read_part(entry, "w", None if shard is None else Part.of(shard), open_file)
     return values if shard is None else shard.pad(values)
+
+
+def span(folder: Path, entry: Entry, shard: Shard | None, start: int, stop: int) -> torch.Tensor:
+    with opened(folder, entry) as open_file:
+        return read_span(entry, "w", shard, start, stop, open_file)
 
 
 def as_documented(folder: Path, entry: dict) -> torch.Tensor:
@@ -85,7 +95,11 @@ def test_written_under_one_layout_and_read_under_another(data):
         for shard in shards(other, other_parts, other_size, shape[other]):
             found, wanted = read(Path(name), entry, shard), shard.cut(full)
             assert found.dtype == wanted.dtype and torch.equal(found, wanted)
+            start, stop = sorted(data.draw(st.integers(0, wanted.numel())) for _ in range(2))
+            assert torch.equal(span(Path(name), entry, shard, start, stop), wanted.reshape(-1)[start:stop])
         assert torch.equal(read(Path(name), entry, None), full)
+        start, stop = sorted(data.draw(st.integers(0, full.numel())) for _ in range(2))
+        assert torch.equal(span(Path(name), entry, None, start, stop), full.reshape(-1)[start:stop])
         assert torch.equal(as_documented(Path(name), entry.to_json()), full)
 
 
@@ -145,6 +159,9 @@ def test_only_what_is_wanted_is_read(tmp_path, dim, monkeypatch):
     shard = Shard(dim, 1, 1, 4, full.shape[dim])
     assert torch.equal(read(tmp_path, entry, shard), shard.cut(full))
     assert full.nbytes / 4 <= count[0] < full.nbytes / 4 + 1000
+    count[0], size = 0, shard.cut(full).numel()
+    assert torch.equal(span(tmp_path, entry, shard, 3, size // 4), shard.cut(full).reshape(-1)[3 : size // 4])
+    assert count[0] < full.nbytes / 16 + 1000, "a quarter of the quarter"
 
 
 MEASURE = """

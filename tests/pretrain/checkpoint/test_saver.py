@@ -8,14 +8,18 @@ import signal
 import subprocess
 import threading
 import time
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import saves
 import torch
 from rank_processes import run_on_ranks
 from saver_bodies import (
     resave,
+    save_and_load_shared,
     save_more_than_there_is,
     save_stages,
     save_without_seeing,
@@ -33,6 +37,7 @@ from training_runs import (
 )
 
 from braid.parallel.mesh import Mesh
+from braid.parallel.plan import ParallelConfig
 from braid.pretrain.checkpoint import saver as saver_module
 from braid.pretrain.checkpoint.folder import load_checkpoint, open_checkpoint, verify_folder
 from braid.pretrain.checkpoint.pieces import local_tensor
@@ -51,7 +56,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def start(store: CheckpointStore, step: int, weights: dict[str, torch.Tensor]) -> Saver:
     saver = Saver(store, Mesh.single(), asynchronous=True, report=store.report)
-    saver.start(step, {"weights": ((key, local_tensor(value, None)) for key, value in weights.items())}, {})
+    saver.start(step, {"weights": {key: local_tensor(value, None) for key, value in weights.items()}}, {})
     return saver
 
 
@@ -91,6 +96,68 @@ def test_where_memory_is_short_training_waits(tmp_path: Path, monkeypatch: pytes
         assert saver.settle(wait=False).problem is None
     assert "is saved while training waits: its 0.0 MiB are more than the host memory of 1 of 1" in messages[0]
     assert not load_checkpoint(store.path(1)).groups["weights"]["large"].any()
+
+
+@pytest.mark.parametrize("reason", ["synchronous", "memory is short"])
+def test_no_more_than_a_buffer_is_held_while_training_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    """Fresh tensors, as an engine that gathers them gives them, on their way to a disk that is slower than it: how many
+    of them are alive at a time?"""
+    alive, most, names = set(), 0, [f"w{number:02d}" for number in range(40)]
+
+    def fresh() -> Iterator[tuple[str, str, torch.Tensor]]:
+        nonlocal most
+        for number, name in enumerate(names):
+            memory = np.full(1000, number, dtype=np.float32)
+            alive.add(name)
+            weakref.finalize(memory, alive.remove, name)
+            most = max(most, len(alive))
+            yield "weights", name, torch.from_numpy(memory)
+            del memory
+
+    monkeypatch.setattr(saver_module, "available_memory", lambda: 0)
+    monkeypatch.setattr(saver_module, "BUFFER", 3 * 4000)
+    with CheckpointStore(tmp_path / "checkpoints") as store:
+        store.fault = lambda phase: time.sleep(0.002)
+        saver = Saver(store, Mesh.single(), asynchronous=reason != "synchronous", report=store.report)
+        mine = {name: local_tensor(torch.empty(1000, device="meta"), None) for name in names}
+        saver.start(1, {"weights": mine}, {}, values=fresh())
+        assert checkpoints(tmp_path) == [1] and saver.settle(wait=True).problem is None
+    assert 2 <= most <= 5 and not alive
+    saved = load_checkpoint(store.path(1)).groups["weights"]
+    assert [int(saved[name][0]) for name in names] == list(range(40))
+
+
+def test_tensors_may_come_in_another_order_than_they_lie_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of large elements come last and lie first; the buffer holds one."""
+    monkeypatch.setattr(saver_module, "BUFFER", 1)
+    values = {
+        "bytes": torch.arange(50, dtype=torch.uint8),
+        "half": torch.ones(9).half(),
+        "double": torch.rand(7).double(),
+    }
+    with CheckpointStore(tmp_path / "checkpoints") as store:
+        saves.save_these(store, 1, {"weights": values}, {})
+    found = load_checkpoint(tmp_path / "checkpoints" / "step-00000001").groups["weights"]
+    assert all(torch.equal(found[name], value) for name, value in values.items())
+
+
+def test_an_iteration_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    def failing() -> Iterator[tuple[str, str, torch.Tensor]]:
+        yield "weights", "a", torch.ones(3)
+        raise RuntimeError("a peer died")
+
+    with CheckpointStore(tmp_path / "checkpoints") as store:
+        saver = Saver(store, Mesh.single(), asynchronous=True, report=store.report)
+        mine = {name: local_tensor(torch.empty(3, device="meta"), None) for name in "ab"}
+        with pytest.raises(RuntimeError, match="a peer died"):
+            saver.start(1, {"weights": mine}, {}, values=failing())
+        saver.close(wait=True)
+        deadline = time.monotonic() + 10
+        while list(store.folder.iterdir()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not list(store.folder.iterdir())
 
 
 @pytest.mark.parametrize("wait", [True, False])
@@ -190,6 +257,32 @@ def test_each_tensor_is_written_once_whoever_has_it(tmp_path: Path) -> None:
                        "bias_of_stage_0": [0], "bias_of_stage_1": [2]}  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "plan",
+    [
+        pytest.param(ParallelConfig(engine="deepspeed", zero=3), id="ZeRO-3"),
+        *(
+            pytest.param(plan, id=name, marks=pytest.mark.slow)
+            for name, plan in {
+                "plain": ParallelConfig(),
+                "ZeRO-1": ParallelConfig(engine="deepspeed", zero=1),
+                "Megatron": ParallelConfig(engine="megatron"),
+            }.items()
+        ),
+    ],
+)
+def test_ranks_with_the_same_part_of_the_model_share_the_writing(tmp_path: Path, plan: ParallelConfig) -> None:
+    """Each writes a third of the bytes, and is sent nothing else; on load each reads what it holds."""
+    results = on_ranks(save_and_load_shared, 3, tmp_path / "run" / "checkpoints", plan)
+    written, given, read, held = zip(*results, strict=True)
+    total = sum(written)
+    assert written == given and max(written) - min(written) < total / 100
+    for number, size in enumerate(read):
+        assert size < 1.2 * held[number] and (plan.engine == "plain" or size < 0.42 * total)
+    checkpoint = load_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000001")
+    assert sum(tensor.nbytes for tensors in checkpoint.groups.values() for tensor in tensors.values()) == total
+
+
 def test_from_two_to_one_to_four_and_back_the_bits_are_the_same(trainers: Trainers, tmp_path: Path) -> None:
     """Weights, moments and averages; each layout reads what another has written, and writes it again. The vocabulary
     does not divide."""
@@ -211,7 +304,7 @@ def test_from_two_to_one_to_four_and_back_the_bits_are_the_same(trainers: Traine
         assert len(split) > 10 and all(entry.pieces[0].part for entry in split)
     for number, (size, tensor, sequence) in enumerate([(1, 1, False), (4, 4, False), (4, 2, True), (2, 2, False)]):
         plan = [f"parallel.tensor={tensor}", f"parallel.sequence={sequence}".lower(), "training.micro_batch_size=2"]
-        assert on_ranks(resave, size, [*words, *plan], tmp_path / f"aside-{number}") == [tensor] * size
+        assert on_ranks(resave, size, [*words, *plan], tmp_path / f"aside-{number}")[0] == size
         found = load_checkpoint(path)
         assert {group: tensors.keys() for group, tensors in found.groups.items()} == {
             group: tensors.keys() for group, tensors in expected.groups.items()
