@@ -113,6 +113,17 @@ class Hybrid:
         noise = float(self.noise(t))
         return decoding_nats(float(self.survival(t)), noise, self.num_tokens, float(self.mask_probability(t)))
 
+    def posterior_nats(
+        self, clean_BL: Tensor, shown_BL: Tensor, same_BL: Tensor, masked_BL: Tensor, times_B: Tensor
+    ) -> Tensor:
+        """-log p(x_0 | x_t) of each token by Bayes' rule, float64 [B, L], for a prediction p of which -log p(x_0)
+        (`clean`) and -log p(x_t) (`shown`; not looked at where x_t is masked) are given: the reverse step from t to 0.
+        """
+        survival, noise = self.survival(times_B)[:, None], self.noise(times_B)[:, None]
+        likelihood = torch.where(same_BL, survival, 0.0) + noise
+        evidence = survival * torch.exp(-shown_BL.double()) + noise
+        return clean_BL.double() + torch.where(masked_BL, 0.0, evidence.log() - likelihood.log())
+
     def reverse_step(self, t: float, s: float) -> ReverseStep:
         """p(x_s | x_t) for a step from t to an earlier s: q(x_t | x_s) times the marginal at s of the predicted clean
         tokens (CCDD's spec calls it the GIDD posterior)."""

@@ -6,6 +6,9 @@ visible tokens do not tell, and the token term alone is a bound on the likelihoo
 
 Given tokens (a condition) are never masked and the encoder sees them. Their latents are noised representations of the
 given tokens alone, which is what a sampler has; nothing is learnt or scored there.
+
+With `p_uniform` tokens are replaced too, as in GIDD: the loss and the bounds are then about every token. In the place
+of a replaced one the encoder reads, with the same probability p_r, what x_t shows.
 """
 
 from __future__ import annotations
@@ -23,12 +26,14 @@ from braid.parallel.layers import ALONE, Region
 from braid.pretrain.config.objectives.ccdd import CCDDConfig
 from braid.pretrain.config.schema import Config, ModelConfig
 from braid.pretrain.diffusion.gaussian import posterior_mean, reconstruction_nats
+from braid.pretrain.diffusion.hybrid import Hybrid
 from braid.pretrain.diffusion.schedules import GaussianSchedule, LogLinear, continuous_weight
 from braid.pretrain.diffusion.times import BOUND_TIME_MIN, log_uniform_mixture, second_strata, to_range
 from braid.pretrain.model.blocks import DropoutKey
 from braid.pretrain.model.encoders import Encoder
 from braid.pretrain.model.joint import JointNetwork, JointPrediction, MDiT, Routing
 from braid.pretrain.model.mixture_of_experts import MoEDiT, balance_loss, routing_metrics
+from braid.pretrain.model.token_logits import TokenLoss
 from braid.pretrain.model.two_stream import MMDiT
 
 from .base import Figure, LossTerms, Noise, Objective, Summed, TokenCorrupted, special_ids, sum_positions, sum_terms
@@ -61,7 +66,6 @@ class CCDD(Objective):
     """CCDD with any of its three networks."""
 
     name = "ccdd"
-    token_share = 0.5
 
     def __init__(
         self, config: CCDDConfig, network: JointNetwork, encoder: Encoder, *, conditional: bool = True, **ids: int
@@ -70,6 +74,9 @@ class CCDD(Objective):
         super().__init__(config, network, **ids)
         self.encoder, self.conditional = encoder, conditional
         self.schedule = GaussianSchedule(config.schedule)
+        # None where tokens are masked and nothing else.
+        self.hybrid = Hybrid(config.p_uniform, config.gamma, network.vocab_size - 1) if config.p_uniform > 0 else None
+        self.token_share = 0.5 if self.hybrid is None else 1.0
         self.features = config.latent_mode == "features"
         # Latents that are never noised are never generated either: the sampler encodes what is visible at every step.
         self.diffused = not self.features and config.latent_times != "clean"
@@ -136,27 +143,37 @@ class CCDD(Objective):
         return torch.where(always, 1.0, config.p_r_max * coins(P_R_COIN))
 
     def _corrupt(self, batch: Batch, noise: Noise, times: Tensor, latent_times: Tensor, p_r: Tensor) -> JointCorrupted:
-        """Mask tokens, hide masked ones from the encoder with probability p_r [B], noise what it says."""
+        """Noise the tokens, show the encoder x_t in the place of x_0 with probability p_r [B], noise what it says."""
         length = batch.tokens.shape[1]
-        tokens, masked = self._masked(batch, noise, times)
-        hidden = masked & (noise.uniforms(length, word=HIDDEN_WORD) < p_r.float()[:, None])
-        source = self._with_given(self.encoder.encode(batch.tokens, hidden, batch.segments), batch)
+        tokens, masked = self._noised_tokens(batch, noise, times)
+        as_noised = noise.uniforms(length, word=HIDDEN_WORD) < p_r.float()[:, None]
+        text = batch.tokens if self.hybrid is None else torch.where(as_noised & ~masked, tokens, batch.tokens)
+        source = self._with_given(self.encoder.encode(text, masked & as_noised, batch.segments), batch)
         return JointCorrupted(
             tokens=tokens,
             targets=batch.tokens,
             loss_mask=batch.loss_mask,
             segments=batch.segments,
             times=times,
-            masked=masked,
+            masked=masked if self.hybrid is None else None,
             latents=self._noised(source, noise, latent_times),
             latent_times=latent_times,
             dropout=noise.dropout_key(length),
         )
 
-    def _masked(self, batch: Batch, noise: Noise, times: Tensor) -> tuple[Tensor, Tensor]:
+    def _noised_tokens(self, batch: Batch, noise: Noise, times: Tensor) -> tuple[Tensor, Tensor]:
         """x_t, and where it is masked."""
-        probability = 1 - SURVIVAL.alpha(times)
-        return noise.noised_tokens(batch.tokens, self.mask_id, mask_probability=probability, keep=batch.condition)
+        if self.hybrid is None:
+            probability = 1 - SURVIVAL.alpha(times)
+            return noise.noised_tokens(batch.tokens, self.mask_id, mask_probability=probability, keep=batch.condition)
+        return noise.noised_tokens(
+            batch.tokens,
+            self.mask_id,
+            mask_probability=self.hybrid.mask_probability(times),
+            uniform_probability=self.hybrid.num_tokens * self.hybrid.noise(times),
+            num_tokens=self.hybrid.num_tokens,
+            keep=batch.condition,
+        )
 
     def _clean(self, batch: Batch) -> Tensor:
         """E(x), the representations of the whole text."""
@@ -187,10 +204,31 @@ class CCDD(Objective):
         tokens' even where they differ); float64."""
         return self.config.continuous_scale * continuous_weight(self.config.continuous_weight, times, self.schedule)
 
+    def _token_term(self, prediction: JointPrediction, corrupted: JointCorrupted) -> Summed:
+        if self.hybrid is None:
+            weight, place = self.token_weight(corrupted.times).float()[:, None], (corrupted.targets, corrupted.rows)
+            return Summed.of(prediction.tokens.cross_entropy(*place, weight, without=self.mask_id), weight)
+        where = corrupted.tokens, corrupted.targets, corrupted.times, self.mask_id
+        match self.config.token_weight:
+            case "dynamic":
+                weight_BL = self.hybrid.dynamic_weight(*where)
+            case "elbo":
+                weight_BL = self.hybrid.elbo_weight(*where)
+            case _:
+                weight_BL = torch.ones_like(corrupted.targets, dtype=torch.float64)
+        return Summed.of(self._divergence(prediction, corrupted, weight_BL), weight_BL)
+
+    def _divergence(
+        self, prediction: JointPrediction, corrupted: JointCorrupted, weight_BL: Tensor, *, precise: bool = False
+    ) -> TokenLoss:
+        """With uniform noise: KL plus Itakura-Saito divergence of true and predicted marginals."""
+        tokens, targets, times = corrupted.tokens, corrupted.targets, corrupted.times
+        common = {"mask_id": self.mask_id, "vocabulary": self.vocabulary, "precise": precise}
+        divergence = self.hybrid.divergence(tokens, targets, times, weight_BL, **common)
+        return prediction.tokens.loss(divergence, corrupted.rows, targets.shape)
+
     def loss(self, prediction: JointPrediction, corrupted: JointCorrupted) -> LossTerms:
-        weight, place = self.token_weight(corrupted.times).float()[:, None], (corrupted.targets, corrupted.rows)
-        nats = prediction.tokens.cross_entropy(*place, weight, without=self.mask_id)
-        terms = {"token_loss": Summed.of(nats, weight)}
+        terms = {"token_loss": self._token_term(prediction, corrupted)}
         if not self.features:
             error = (prediction.latents - corrupted.latent_targets).square().clamp(max=ERROR_CLIP).mean(-1)
             weight = self.latent_weight(corrupted.latent_times).float() * corrupted.latent_weight
@@ -227,7 +265,12 @@ class CCDD(Objective):
         """
         config, leaky = self.config, self.encoder.leaky
         equal_times = "; both strands at one time, as in the sampler" if config.latent_times == "independent" else ""
-        token = "discrete NELBO at p_r = 1, t in [1e-5, 1]" + equal_times
+        span = "t in [1e-5, 1]"
+        if self.hybrid is not None:
+            span = (
+                "from the time where the odds of uniform noise are 1e-5 of their scale, and what decoding there costs"
+            )
+        token = f"discrete NELBO at p_r = 1, {span}" + equal_times
         if self.diffused:
             token += "; of unmasking beside latents that are made anew from the visible tokens at every step, which no "
             token += "sampler of this model does"
@@ -268,11 +311,14 @@ class CCDD(Objective):
         Given x_t the latents at p_r = 1 are noise that knows no more of the text, so averaging over them outside the
         logarithm keeps the bound. That holds at any time of theirs; `path` is the one that is sampled.
         """
-        times = to_range(noise.strata, BOUND_TIME_MIN)
+        if self.hybrid is None:
+            times, span, end = to_range(noise.strata, BOUND_TIME_MIN), 1 - BOUND_TIME_MIN, 0.0
+        else:
+            (times, span), end = self.hybrid.bound_times(noise.strata), self.hybrid.end_nats()
         corrupted = self._corrupt(batch, noise, times, self.path(times), torch.ones_like(times))
         without = replace(corrupted, latents=torch.zeros_like(corrupted.latents))
-        span = 1 - BOUND_TIME_MIN
-        return span * self._token_density(corrupted), span * self._token_density(without)
+        end_nats = end * batch.loss_mask.sum(1)
+        return span * self._token_density(corrupted) + end_nats, span * self._token_density(without) + end_nats
 
     def _published(self, batch: Batch, noise: Noise) -> Tensor:
         times = to_range(noise.strata, PUBLISHED_TIME_EPS, 1 - PUBLISHED_TIME_EPS)
@@ -280,9 +326,27 @@ class CCDD(Objective):
 
     def _token_density(self, corrupted: JointCorrupted) -> Tensor:
         """The integrand of the discrete NELBO at the times of each sequence, float64 [B]."""
-        place = corrupted.targets, corrupted.rows
-        nats = self.predict(corrupted).tokens.cross_entropy(*place, without=self.mask_id).values_BL
-        return SURVIVAL.elbo_weight(corrupted.times) * sum_positions(nats, corrupted.loss_mask)
+        return self._density_of(self.predict(corrupted), corrupted)
+
+    def _density_of(self, prediction: JointPrediction, corrupted: JointCorrupted) -> Tensor:
+        if self.hybrid is None:
+            place = corrupted.targets, corrupted.rows
+            nats = prediction.tokens.cross_entropy(*place, without=self.mask_id).values_BL
+            return SURVIVAL.elbo_weight(corrupted.times) * sum_positions(nats, corrupted.loss_mask)
+        weight_BL = self.hybrid.elbo_weight(corrupted.tokens, corrupted.targets, corrupted.times, self.mask_id)
+        nats = self._divergence(prediction, corrupted, weight_BL, precise=True).values_BL
+        return sum_positions(weight_BL * nats, corrupted.loss_mask)
+
+    def _decoding_nats(self, prediction: JointPrediction, corrupted: JointCorrupted) -> Tensor:
+        """-log p(x_0 | x_t, z_t) when all tokens are decoded at once, of each sequence, float64 [B]."""
+        targets, tokens = corrupted.targets, corrupted.tokens
+        clean = prediction.tokens.cross_entropy(targets, corrupted.rows, without=self.mask_id).values_BL
+        if self.hybrid is not None:
+            masked = tokens == self.mask_id
+            visible = torch.where(masked, targets, tokens)
+            shown = prediction.tokens.cross_entropy(visible, Rows(corrupted.loss_mask), without=self.mask_id).values_BL
+            clean = self.hybrid.posterior_nats(clean, shown, tokens == targets, masked, corrupted.times)
+        return sum_positions(clean, corrupted.loss_mask)
 
     def _joint_nelbo(self, batch: Batch, noise: Noise) -> Tensor:
         """-log p(x) <= token and latent terms on [tau, 1] plus decoding both strands at tau, SNR(tau) = 1/s^2.
@@ -294,29 +358,45 @@ class CCDD(Objective):
         s, tau = self.config.latent_sigma, self.tau
         times, density = log_uniform_mixture(noise.strata, tau)
         z_0 = self._clean(batch) + s * noise.normals(batch.tokens.shape[1], self.encoder.latent_dim, purpose="z_0")
-        nats, error = self._joint_errors(batch, noise, times, z_0)
-        diffusion = (SURVIVAL.elbo_weight(times) * nats + self.schedule.snr_rate(times) / 2 * error) / density
-        nats_at_tau, error_at_tau = self._joint_errors(batch, noise, torch.full_like(times, tau), z_0)
+        prediction, corrupted, error = self._jointly(batch, noise, times, z_0)
+        token_density = self._density_of(prediction, corrupted)
+        diffusion = (token_density + self.schedule.snr_rate(times) / 2 * error) / density
+        prediction, corrupted, error_at_tau = self._jointly(batch, noise, torch.full_like(times, tau), z_0)
+        nats_at_tau = self._decoding_nats(prediction, corrupted)
         num_dims = self.encoder.latent_dim * batch.loss_mask.sum(1).double()
         latent_decoding = reconstruction_nats(error_at_tau, num_dims, s, 1 / s**2)
         return diffusion + nats_at_tau + latent_decoding
 
-    def _joint_errors(self, batch: Batch, noise: Noise, times: Tensor, z_0: Tensor) -> tuple[Tensor, Tensor]:
-        """Per sequence, float64 [B]: cross-entropy of masked tokens, and ||z_0 - estimate||^2."""
-        tokens, masked = self._masked(batch, noise, times)
+    def _jointly(
+        self, batch: Batch, noise: Noise, times: Tensor, z_0: Tensor
+    ) -> tuple[JointPrediction, JointCorrupted, Tensor]:
+        """What the network says of x_t and z_t, both, and ||z_0 - estimate||^2 of each sequence, float64 [B]."""
+        tokens, masked = self._noised_tokens(batch, noise, times)
         z_t = self._noised(self._with_given(z_0, batch), noise, times)
+        corrupted = JointCorrupted(
+            tokens=tokens,
+            targets=batch.tokens,
+            loss_mask=batch.loss_mask,
+            segments=batch.segments,
+            times=times,
+            masked=masked if self.hybrid is None else None,
+            latents=z_t,
+            latent_times=times,
+        )
         prediction = self.denoise(tokens, times, z_t, segments=batch.segments)
-        rows = Rows(masked & batch.loss_mask)
-        nats = prediction.tokens.cross_entropy(batch.tokens, rows, without=self.mask_id).values_BL
         estimate = posterior_mean(z_t, prediction.latents, times, self.config.latent_sigma, self.schedule)
         error = (z_0.double() - estimate).square().sum(-1)
-        return sum_positions(nats, batch.loss_mask), sum_positions(error, batch.loss_mask)
+        return prediction, corrupted, sum_positions(error, batch.loss_mask)
 
     def schedule_curves(self, times: Tensor) -> dict[str, Tensor]:
-        curves = {"token survival": SURVIVAL.alpha(times)}
+        curves = {"token survival": (SURVIVAL.alpha if self.hybrid is None else self.hybrid.survival)(times)}
+        if self.hybrid is not None:
+            curves["mask probability"] = self.hybrid.mask_probability(times)
+            curves["uniform probability"] = self.hybrid.num_tokens * self.hybrid.noise(times)
         if self.diffused:
             curves |= {"latent alpha": self.schedule.alpha(times), "latent sigma": self.schedule.sigma(times)}
-        curves["token loss weight"] = self.token_weight(times.clamp(min=1e-2))
+        if self.hybrid is None:
+            curves["token loss weight"] = self.token_weight(times.clamp(min=1e-2))
         if self.diffused:
             curves["latent loss weight"] = self.latent_weight(times.clamp(1e-2, 1 - 1e-2))
         return curves

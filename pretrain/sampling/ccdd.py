@@ -7,6 +7,7 @@
 Both strands follow one grid of times. Guidance by the latents costs a second call a step:
 w logits(x, z) + (1 - w) logits(x, 0). Where latents are not diffused (clean, or features of the visible tokens) they
 are not generated: the encoder reads the visible tokens anew before each call. Its own calls are not counted.
+With uniform noise every token is drawn anew at each step, as in GIDD.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from braid.pretrain.diffusion.gaussian import ddim_step, ddpm_step, noised
 from braid.pretrain.objectives.ccdd import CCDD
 
 from .draws import Draws
+from .duo import redrawn
 from .mdlm import fill, reveal
 from .prompts import Prompt
 
@@ -46,8 +48,10 @@ def _jointly(objective: CCDD, tokens: Tensor, prompt: Prompt, draws: Draws) -> T
     everyone = torch.ones_like(prompt.known[:, 0])
     for step, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
         logits, unguided, zhat = _predict(objective, tokens, latents.z, t, draws, everyone)
-        revealed = reveal(tokens, objective.mask_id, t, s, step, draws)
-        if revealed.any():
+        if objective.hybrid is not None:
+            reverse = objective.hybrid.reverse_step(t, s)
+            tokens = redrawn(tokens, prompt, logits, objective.mask_id, reverse, s, step, draws, unguided)
+        elif (revealed := reveal(tokens, objective.mask_id, t, s, step, draws)).any():
             tokens = fill(tokens, revealed, logits, everyone, objective.mask_id, s, step, draws, unguided)
         latents.step(zhat, t, s, step)
         draws.frame(s, tokens, latents.z)
@@ -61,14 +65,21 @@ def _from_visible(objective: CCDD, tokens: Tensor, prompt: Prompt, draws: Draws)
     given = objective.encoder.encode(prompt.tokens, ~prompt.known) if objective.conditional else None
     times = draws.times(draws.settings.steps)
     for step, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
-        revealed = reveal(tokens, objective.mask_id, t, s, step, draws)
-        active = revealed.any(1)
+        if objective.hybrid is None:
+            revealed = reveal(tokens, objective.mask_id, t, s, step, draws)
+            active = revealed.any(1)
+        else:
+            active = torch.ones_like(prompt.known[:, 0])
         if active.any():
             z = objective.encoder.encode(tokens[active], tokens[active] == objective.mask_id)
             if given is not None:  # trained with the representations of the given tokens alone
                 z = torch.where(prompt.known[active][..., None], given[active], z)
             logits, unguided, _ = _predict(objective, tokens[active], z, t, draws, active)
-            tokens = fill(tokens, revealed, logits, active, objective.mask_id, s, step, draws, unguided)
+            if objective.hybrid is None:
+                tokens = fill(tokens, revealed, logits, active, objective.mask_id, s, step, draws, unguided)
+            else:
+                reverse = objective.hybrid.reverse_step(t, s)
+                tokens = redrawn(tokens, prompt, logits, objective.mask_id, reverse, s, step, draws, unguided)
         draws.frame(s, tokens)
         draws.progress(step + 1, draws.settings.steps)
     return tokens

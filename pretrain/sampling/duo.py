@@ -47,21 +47,39 @@ def ancestral(
     """
     settings = draws.settings
     tokens = torch.where(prompt.known, prompt.tokens, start_NL)
-    rows, columns = (~prompt.known).nonzero(as_tuple=True)
     times = draws.times(settings.steps)
     for step, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
         draws.call()
-        tokens[rows, columns] = draws.tokens(
-            objective.network(tokens, draws.batch_times(t)).logits.flatten(0, 1),
-            step,
-            rows,
-            columns,
-            forbidden=objective.mask_id,
-            places_M=rows * draws.length + columns,
-            reverse=reverse(t, s),
-            noisy_M=tokens[rows, columns],
-            greedy=settings.greedy_final and s == 0,
-        )
+        logits = objective.network(tokens, draws.batch_times(t)).logits
+        tokens = redrawn(tokens, prompt, logits, objective.mask_id, reverse(t, s), s, step, draws)
         draws.frame(s, tokens)
         draws.progress(step + 1, settings.steps)
     return tokens
+
+
+def redrawn(
+    tokens: Tensor,
+    prompt: Prompt,
+    logits_NLV: Tensor,
+    mask_id: int,
+    reverse: ReverseStep,
+    s: float,
+    step: int,
+    draws: Draws,
+    unguided_NLV: Tensor | None = None,
+) -> Tensor:
+    """The tokens int64 [N, L] at time s: every one that the prompt does not know, drawn by the step `reverse`."""
+    rows, columns = (~prompt.known).nonzero(as_tuple=True)
+    drawn = draws.tokens(
+        logits_NLV.flatten(0, 1),
+        step,
+        rows,
+        columns,
+        forbidden=mask_id,
+        places_M=rows * draws.length + columns,
+        unguided_RV=None if unguided_NLV is None else unguided_NLV.flatten(0, 1),
+        reverse=reverse,
+        noisy_M=tokens[rows, columns],
+        greedy=draws.settings.greedy_final and s == 0,
+    )
+    return tokens.index_put((rows, columns), drawn)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from braid.pretrain.config.check import Check
 
 from .encoder import EncoderConfig, check_encoder
+from .gidd import check_uniform_noise
 
 if TYPE_CHECKING:
     from braid.pretrain.config.schema import Config
@@ -58,9 +59,15 @@ class CCDDConfig:
     `features`). The last two give the network a second time embedding."""
     schedule: str = "vp_linear"
     """Continuous schedule: `vp_linear` (sqrt(1-t), sqrt(t)) or `flow_linear` (1-t, t)."""
+    p_uniform: float = 0.0
+    """Share of uniform noise among all tokens at t = 1/2, as in GIDD: tokens are masked, replaced or left, and samples
+    can be revised. The encoder at p_r = 1 then reads replaced tokens as they are. 0 is published: masks alone."""
+    gamma: float = 1.0
+    """With uniform noise: its odds are proportional to (t (1-t))^(gamma/2). (The release's 4 is no process: some of its
+    rates are negative.)"""
     token_weight: str = "dynamic"
     """Training weight of a masked token's cross-entropy: `dynamic` (2 (1-t), the published one), `elbo` (1/t) or
-    `uniform` (1)."""
+    `uniform` (1). With uniform noise, of the divergence at every token: GIDD's `dynamic`, `elbo`, or 1."""
     continuous_weight: str = "ddpm_x"
     """Weight of the latent error by the latents' time: `uniform`, `snr`, `min_snr`, `inv_snr`, `sqrt_snr`, `ddpm_x`,
     `karras` (for vp_linear; clipped as published) or `elbo` (the Gaussian bound's own)."""
@@ -95,6 +102,7 @@ def check(check: Check, config: Config) -> None:
     check.one_of("objective.latent_mode", ccdd.latent_mode, ("diffused", "features"))
     check.one_of("objective.latent_times", ccdd.latent_times, ("shared", "independent", "clean"))
     check.one_of("objective.schedule", ccdd.schedule, ("vp_linear", "flow_linear"))
+    check_uniform_noise(check, ccdd)
     check.one_of("objective.token_weight", ccdd.token_weight, ("dynamic", "elbo", "uniform"))
     # The published weights are functions of t alone, so each is defined for either schedule.
     check.one_of("objective.continuous_weight", ccdd.continuous_weight, CONTINUOUS_WEIGHTS)
@@ -107,6 +115,12 @@ def check(check: Check, config: Config) -> None:
         check.add(f"objective.p_r_max = {ccdd.p_r_max} is ignored", found, f"objective.p_r_max={CCDDConfig.p_r_max}")
     check.within("objective.latent_dropout", ccdd.latent_dropout, "[)", 0, 1)
     check.within("objective.token_dropout", ccdd.token_dropout, "[)", 0, 1)
+    if ccdd.token_dropout > 0 and ccdd.p_uniform > 0:
+        check.add(
+            "with uniform noise the loss is about what x_t shows, which token dropout hides from the network",
+            found=f"objective.token_dropout = {ccdd.token_dropout}, objective.p_uniform = {ccdd.p_uniform}",
+            change="objective.token_dropout=0, or objective.p_uniform=0",
+        )
     check.within("objective.time_eps", ccdd.time_eps, "()", 0, 0.5)
     check.positive("objective.latent_sigma", ccdd.latent_sigma)
     _check_architecture(check, config)

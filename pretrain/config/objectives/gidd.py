@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from braid.pretrain.config.check import Check
 
 if TYPE_CHECKING:
+    from braid.pretrain.config.objectives.ccdd import CCDDConfig
     from braid.pretrain.config.schema import Config
 
 
@@ -31,6 +32,13 @@ class GIDDConfig:
 def check(check: Check, config: Config) -> None:
     """What is wrong with the objective's settings."""
     gidd = config.objective
+    check_uniform_noise(check, gidd)
+    check.one_of("objective.token_weight", gidd.token_weight, ("dynamic", "elbo"))
+    check.within("objective.time_eps", gidd.time_eps, "()", 0, 0.5)
+
+
+def check_uniform_noise(check: Check, gidd: GIDDConfig | CCDDConfig) -> None:
+    """What is wrong with `p_uniform` and `gamma`."""
     check.within("objective.p_uniform", gidd.p_uniform, "[)", 0, 1)
     if not 0.1 <= gidd.gamma <= 2:
         check.add(
@@ -44,5 +52,3 @@ def check(check: Check, config: Config) -> None:
             f"objective.gamma = {gidd.gamma} is ignored: objective.p_uniform = 0 means no uniform noise",
             change=f"objective.p_uniform=0.1, or leave gamma at {GIDDConfig.gamma}",
         )
-    check.one_of("objective.token_weight", gidd.token_weight, ("dynamic", "elbo"))
-    check.within("objective.time_eps", gidd.time_eps, "()", 0, 0.5)
