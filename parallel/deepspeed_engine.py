@@ -12,7 +12,8 @@ DeepSpeed's own bf16 would turn every weight into bf16.
 
 With stage 3 a process has the whole of a weight only while a module that reads it runs, or while `forward` does where
 the weight is read outside its module (DeepSpeed finds out when it happens). All ranks gather together, so all must do
-the same: as many passes, in one order.
+the same: as many passes, in one order. A model that is larger than a device is never whole there: `Shares` divides each
+module as soon as it has its first values.
 
 At stage 3 DeepSpeed takes means over ranks and not sums, so the loss is multiplied by the number of ranks first.
 
@@ -37,6 +38,7 @@ from braid.kernels.capabilities import require
 from braid.kernels.errors import ConfigError
 from braid.parallel.data_parallel import reduce_gradients
 from braid.parallel.engine import Engine, NotFinite, Part, PlainEngine, Receivers, clip_gradients, gradient_norm
+from braid.parallel.layers import whole_shape
 from braid.parallel.mesh import Axis, Mesh
 from braid.parallel.mpu import join_deepspeed
 from braid.parallel.pipeline import counts_here, sum_replicated_gradients
@@ -81,15 +83,31 @@ def deepspeed_settings(plan: ParallelConfig, num_elements: int, *, pinned: bool)
     }
 
 
+class Shares:
+    """A `Store` of layers.Region for stage 3: a module's own parameters are divided on the reduction axis, and each
+    rank keeps its share, where the plan says. Collective."""
+
+    def __init__(self, mesh: Mesh, plan: ParallelConfig) -> None:
+        mpu = join_deepspeed(mesh)
+        settings = deepspeed_settings(plan, 2, pinned=mesh.world.device.type == "cuda")
+        self.init = require("deepspeed").zero.Init(
+            module=nn.Module(), data_parallel_group=mpu.get_data_parallel_group(), config_dict_or_path=settings, mpu=mpu
+        )
+
+    def __call__(self, module: nn.Module) -> None:
+        self.init._convert_to_zero_parameters(module.parameters(recurse=False))
+
+
 def build_deepspeed_engine(
     module: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh, plan: ParallelConfig
 ) -> Engine:
-    """DeepSpeed with the plan's stage around `module`, whose weights are there already. Collective.
+    """DeepSpeed with the plan's stage around `module`, whose weights are there already, whole or as `Shares` leaves
+    them. Collective.
 
     Raises BraidError where DeepSpeed is not installed, and ConfigError where it cannot write to a disk.
     """
     for parameter in module.parameters():
-        assert parameter.ndim, "DeepSpeed cannot divide what has no dimension"
+        assert whole_shape(parameter), "DeepSpeed cannot divide what has no dimension"
         # For the norm. DeepSpeed counts what is not marked on the first rank of the tensor axis and on every stage. The
         # marks: on every rank of the tensor axis; and not on this stage, because the first one does.
         parameter.tensor_model_parallel = hasattr(parameter, "shard")
@@ -102,9 +120,8 @@ def build_deepspeed_engine(
     mpu = join_deepspeed(mesh)
     if plan.offload == "nvme":
         _check_writing()
-    settings = deepspeed_settings(
-        plan, sum(parameter.numel() for parameter in module.parameters()), pinned=mesh.world.device.type == "cuda"
-    )
+    num_elements = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())
+    settings = deepspeed_settings(plan, num_elements, pinned=mesh.world.device.type == "cuda")
     ours = _Calculation(module)
     engine, *_ = require("deepspeed").initialize(model=ours, optimizer=optimizer, config=settings, mpu=mpu)
     kinds = {0: WholeEngine, 1: ZeroEngine, 2: ZeroEngine, 3: Zero3Engine}

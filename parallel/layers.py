@@ -133,6 +133,14 @@ def sum_partial_gradients(parameters: Iterable[nn.Parameter], axis: Axis) -> Non
 # -- activations -----------------------------------------------------------------------------------------------------
 
 
+Store = Callable[[nn.Module], None]
+"""Called with each module of a network when its own parameters have their values."""
+
+
+def keep_whole(module: nn.Module) -> None:
+    """Leaves the parameters as they are."""
+
+
 @dataclass(frozen=True)
 class Region:
     """The part of a network, from the embedding to the heads, whose work the processes of the tensor axis divide.
@@ -148,6 +156,8 @@ class Region:
     """How sequences are divided."""
     stage: Stage = ONE_PIECE
     """The blocks of the network that are on this process at all, where a pipeline divides them."""
+    store: Store = keep_whole
+    """What this process keeps of the parameters between uses."""
 
     @property
     def size(self) -> int:
@@ -348,6 +358,12 @@ def shard_layers(module: nn.Module, region: Region) -> None:
             owner.set_submodule(name, how.divide(owner.get_submodule(name), region))
 
 
+def mark_shards(owner: nn.Module) -> None:
+    """Say of a layer's own parameters which part of the whole they are."""
+    for name, shard in getattr(owner, "shards", {}).items():
+        getattr(owner, name).shard = shard
+
+
 def mark_parameters(module: nn.Module, region: Region, inside: Collection[str]) -> None:
     """Say of each parameter of a module with divided layers which part of the whole it is, `shard`, or, where its
     gradient is that of some positions or heads only, `partial`.
@@ -356,8 +372,7 @@ def mark_parameters(module: nn.Module, region: Region, inside: Collection[str]) 
     of their modules are applied to each head.
     """
     for owner in module.modules():
-        for name, shard in getattr(owner, "shards", {}).items():
-            getattr(owner, name).shard = shard
+        mark_shards(owner)
         for name in getattr(owner, "per_head", ()):
             for parameter in owner.get_submodule(name).parameters():
                 parameter.partial = True

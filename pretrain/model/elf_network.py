@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from braid.kernels import random
 from braid.kernels.norms import rms_norm
 from braid.parallel.context import CoreAttention
-from braid.parallel.layers import ALONE, Columns, OutputLinear, Region, Rows, set_whole, whole_shape
+from braid.parallel.layers import ALONE, Columns, OutputLinear, Region, Rows
 from braid.pretrain.config.schema import ModelConfig
 from braid.pretrain.model.blocks import rope_tables
 from braid.pretrain.model.conditioning import SINUSOID_DIM, sinusoid
@@ -196,18 +196,13 @@ class ELFNetwork(Network):
     def initial_rule(self, name: str, shape: torch.Size) -> float | None:
         if name.endswith("_tokens") or (name.partition(".")[0].endswith("_embedding") and name.endswith("weight")):
             return EMBEDDING_STD
-        return 0.0 if len(shape) == 2 else None  # `materialise` sets those that do not stay zero
+        return 0.0 if len(shape) == 2 else None  # `initial_values` has others for those that do not stay zero
 
-    @torch.no_grad()
-    def materialise(self, device: torch.device, seed: int) -> None:
-        super().materialise(device, seed)
-        if device.type == "meta":
-            return
-        for name, parameter in self.named_parameters():
-            shape = whole_shape(parameter)
-            if self.initial_rule(name, shape) == 0.0 and not name.startswith("denoise_head."):
-                bound = math.sqrt(6 / sum(shape))
-                set_whole(parameter, (2 * random.initial_uniform(seed, name, shape) - 1) * bound)
+    def initial_values(self, name: str, shape: torch.Size, seed: int) -> Tensor:
+        if self.initial_rule(name, shape) != 0.0 or name.startswith("denoise_head."):
+            return super().initial_values(name, shape, seed)
+        bound = math.sqrt(6 / sum(shape))
+        return (2 * random.initial_uniform(seed, name, shape) - 1) * bound
 
 
 class ELFBlock(nn.Module):

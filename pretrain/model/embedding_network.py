@@ -22,6 +22,11 @@ from braid.pretrain.model.network import Network
 NORM_FLOOR = 1e-8
 
 
+def unit_rows(vectors_VD: Tensor) -> Tensor:
+    """Vectors of length 1 in the same directions."""
+    return vectors_VD / (torch.linalg.vector_norm(vectors_VD, dim=-1, keepdim=True) + NORM_FLOOR)
+
+
 class UnitEmbedding(nn.Module):
     """A table of V vectors of length 1 in D dimensions; the lengths of the raw vectors mean nothing (gauge freedom)."""
 
@@ -31,7 +36,7 @@ class UnitEmbedding(nn.Module):
 
     def forward(self) -> Tensor:
         """The whole table, float32 [V, D]."""
-        return self.raw / (torch.linalg.vector_norm(self.raw, dim=-1, keepdim=True) + NORM_FLOOR)
+        return unit_rows(self.raw)
 
 
 class EmbeddingNetwork(Network):
@@ -69,11 +74,9 @@ class EmbeddingNetwork(Network):
     def initial_rule(self, name: str, shape: torch.Size) -> float | None:
         return {"embedding.raw": 1.0, "estimate_input.weight": 0.0}.get(name)
 
-    def materialise(self, device: torch.device, seed: int) -> None:
-        super().materialise(device, seed)
-        if device.type != "meta":
-            with torch.no_grad():
-                self.embedding.raw.copy_(self.embedding())
+    def initial_values(self, name: str, shape: torch.Size, seed: int) -> Tensor:
+        values = super().initial_values(name, shape, seed)
+        return unit_rows(values) if name == "embedding.raw" else values
 
     def forward(
         self,

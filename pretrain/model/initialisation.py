@@ -13,13 +13,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from braid.kernels.random import initial_normal
-from braid.parallel.layers import set_whole, whole_shape
 
 ZERO_MODULES = ("adaln", "token_head.linear", "latent_head.linear", "latent_input.linear")
 
@@ -30,22 +28,11 @@ def starts_at_zero(name: str) -> bool:
     return name.endswith("bias") or module.endswith(ZERO_MODULES)
 
 
-@torch.no_grad()
-def initialise(
-    model: nn.Module, seed: int, rule: Callable[[str, torch.Size], float | None] = lambda name, shape: None
-) -> None:
-    """Set every parameter of `model` in place, by its fully qualified name. `rule` may give a standard deviation of its
-    own (0 for zeros) for a parameter; where it gives None, the rules above hold. Of a parameter that is divided among
-    processes the values are part of those of the whole, whose shape the rules see."""
-    for name, parameter in model.named_parameters():
-        shape = whole_shape(parameter)
-        std = rule(name, shape)
-        if std is None and not starts_at_zero(name) and parameter.dim() == 1:
-            parameter.fill_(1.0)
-            continue
-        if std is None:
-            std = 0.0 if starts_at_zero(name) else 1 / math.sqrt(3 * shape[-1])
-        if std == 0:
-            parameter.zero_()
-        else:
-            set_whole(parameter, initial_normal(seed, name, shape) * std)
+def initial_values(seed: int, name: str, shape: torch.Size, std: float | None = None) -> Tensor:
+    """Of the parameter of this fully qualified name, whole, float32 on the CPU. `std` is a standard deviation of its
+    own (0 for zeros); without one the rules above hold."""
+    if std is None and not starts_at_zero(name) and len(shape) == 1:
+        return torch.ones(shape)
+    if std is None:
+        std = 0.0 if starts_at_zero(name) else 1 / math.sqrt(3 * shape[-1])
+    return torch.zeros(shape) if std == 0 else initial_normal(seed, name, shape) * std

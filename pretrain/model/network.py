@@ -13,11 +13,21 @@ from torch import Tensor, nn
 
 from braid.kernels.errors import ConfigError
 from braid.parallel.context import divide_attention
-from braid.parallel.layers import ALONE, Columns, Region, Rows, mark_parameters, shard_layers, whole_shape
+from braid.parallel.layers import (
+    ALONE,
+    Columns,
+    Region,
+    Rows,
+    mark_parameters,
+    mark_shards,
+    set_whole,
+    shard_layers,
+    whole_shape,
+)
 from braid.parallel.pipeline import Stage, counts_here
 from braid.parallel.vocabulary import Vocabulary
 from braid.pretrain.model.flops import TrainingFlops
-from braid.pretrain.model.initialisation import initialise
+from braid.pretrain.model.initialisation import initial_values
 from braid.pretrain.model.token_logits import TokenLogits
 
 
@@ -91,15 +101,21 @@ class Network(nn.Module):
 
     def initial_rule(self, name: str, shape: torch.Size) -> float | None:
         """Standard deviation of the parameter's initial values where the house's rules (initialisation.py) do not
-        hold: 0.0 for zeros; None to keep to the rules. For constants other than 0 a network overrides `materialise`."""
+        hold: 0.0 for zeros; None to keep to the rules. For other than normal values a network overrides
+        `initial_values`."""
         return None
+
+    def initial_values(self, name: str, shape: torch.Size, seed: int) -> Tensor:
+        """Of the whole parameter, float32 on the CPU."""
+        return initial_values(seed, name, shape, self.initial_rule(name, shape))
 
     def materialise(self, device: torch.device, seed: int) -> None:
         """Give parameters made on `meta` their storage on `device` and their initial values, a function of (seed,
         name). On `meta` nothing happens: a network without values serves for counting.
 
         Layers that are divided are so from here on, and this process never holds the whole of them, nor the blocks that
-        are on others. Raises ConfigError where the heads do not divide.
+        are on others. Modules get their values one after the other, and what the region's `store` leaves of one is all
+        that is held of it when the next begins. Raises ConfigError where the heads do not divide.
         """
         divide_attention(self, self.region.context)
         if self.region.size > 1:
@@ -107,11 +123,14 @@ class Network(nn.Module):
             shard_layers(self, self.region)
         self.stage.drop_elsewhere(self, self.at_start, self.at_end)
         if device.type != "meta":
-            self.to_empty(device=device)
+            for prefix, owner in self.named_modules():
+                owner.to_empty(device=device, recurse=False)
+                mark_shards(owner)
+                for name, parameter in owner.named_parameters(prefix, recurse=False):
+                    set_whole(parameter, self.initial_values(name, whole_shape(parameter), seed))
+                self.region.store(owner)
         if self.region.size > 1:
             mark_parameters(self, self.region, self.inside)
-        if device.type != "meta":
-            initialise(self, seed, self.initial_rule)
 
     def _check_heads(self) -> None:
         heads, size = self.config.num_heads, self.region.size

@@ -13,7 +13,7 @@ from braid.data_pipeline.tokenizers import Tokenizer
 from braid.kernels.random import fold_key
 from braid.parallel.context import UNDIVIDED, Context
 from braid.parallel.data_parallel import World
-from braid.parallel.layers import Region
+from braid.parallel.layers import Region, Store, keep_whole
 from braid.parallel.mesh import Axis, Mesh
 from braid.parallel.pipeline import ONE_PIECE, Stage, mark_replicated
 from braid.parallel.plan import deal_blocks
@@ -33,16 +33,18 @@ def build_objective(
     sequence: bool = False,
     context: Context = UNDIVIDED,
     stage: Stage = ONE_PIECE,
+    store: Store = keep_whole,
 ) -> Objective:
     """The objective of `config.objective` on `device`; its initial weights depend on (seed, parameter name) alone.
 
     Every system is one module of this package, named as its objective, with a function `build`. Where the axis `tensor`
     has several processes, its networks' layers are divided among them, and with `sequence` their hidden states too
     (parallel/layers.py). `context` says how sequences may be divided, and `stage` which of the network's blocks are
-    here (parallel/pipeline.py). Raises ConfigError where layers do not divide.
+    here (parallel/pipeline.py); `store` says what this process keeps of a network's parameters, from their first values
+    on. Raises ConfigError where layers do not divide.
     """
     module = import_module(f"braid.pretrain.objectives.{config.objective.name}")
-    objective = module.build(config, tokenizer, encoder, Region(tensor, sequence, context, stage)).to(device)
+    objective = module.build(config, tokenizer, encoder, Region(tensor, sequence, context, stage, store)).to(device)
     if stage.divided:
         network = objective.network
         mark_replicated(objective, [f"network.{name}" for name in ("blocks", *network.at_start, *network.at_end)])

@@ -26,6 +26,7 @@ W width, F width of the MLP, V vocabulary, b bytes of a number in products (bf16
     head and loss        16 n V / t: logits, log-probabilities and two gradients in      measured (memory.py)
                          float32; more for losses that look at all tokens
     optimizer's step     4 bytes for each element of state held (the root in AdamW)      torch, foreach AdamW
+    while it is built    4 P; deepspeed 3: 4 P / d and the largest module whole          network.py, `materialise`
     tensor               a block's sums: 2 of n W (its attention and MLP) forward and    arXiv 1909.08053, 3;
                          backward, each a ring all-reduce: 2 (k - 1) / k of the bytes
       sequence-parallel  gather and scatter instead, and one gather more for the         arXiv 2205.05198, 4.2.2

@@ -138,6 +138,9 @@ class StageMemory:
     """While a block is differentiated: its gradients, and with recomputation what it keeps."""
     step: float
     """In the optimizer's step, when the activations are gone."""
+    start: float
+    """While the model is built and the rest of `held` is not there yet: the weights, float32; where they are divided,
+    its part of them and one module whole."""
     host: float
     """Held in the memory of the node or on its disks (offload)."""
 
@@ -146,7 +149,8 @@ class StageMemory:
         """GPU memory at the fullest moment."""
         if self.activations is None:
             return None
-        return sum(self.held.values()) + max(self.activations + max(self.head, self.block), self.step)
+        later = sum(self.held.values()) + max(self.activations + max(self.head, self.block), self.step)
+        return max(self.start, later)
 
 
 def stage_memory(load: Load, config: Config, *, num_ranks: int, encoder_bytes: float) -> StageMemory:
@@ -194,6 +198,10 @@ def stage_memory(load: Load, config: Config, *, num_ranks: int, encoder_bytes: f
             logits = FLOAT * load.head.num_logits
             forward += (FLOAT + HALF) * load.head.num_logits
     kept += load.inputs_kept * load.in_flight
+    start = encoder_bytes + FLOAT * size
+    if "weights" in each.divided:
+        start = encoder_bytes + FLOAT * _largest_module(load.parameters)
+        start += weights["weights"] if plan.offload == "none" else 0.0
     return StageMemory(
         stage=load.stage,
         parameters=size,
@@ -202,6 +210,7 @@ def stage_memory(load: Load, config: Config, *, num_ranks: int, encoder_bytes: f
         head=max(loss, forward),
         block=again + gradients + logits,  # the prediction, which may hold the logits, is still there
         step=FLOAT * _part(trained, share["state"]) if plan.offload == "none" else 0.0,
+        start=start,
         host=sum(offloaded.values()),
     )
 
@@ -232,6 +241,15 @@ def _largest_block(load: Load) -> int:
     blocks = [size for place, size in sizes.items() if isinstance(place, int)]
     outside = sum(size for place, size in sizes.items() if not isinstance(place, int))
     return max(blocks, default=0) + outside - (load.head.weights if load.head and not load.head.whole_logits else 0)
+
+
+def _largest_module(parameters: list[PlannedParameter]) -> int:
+    """Elements of the module that has the most parameters of its own."""
+    sizes: dict[str, int] = {}
+    for parameter in parameters:
+        module = parameter.name.rpartition(".")[0]
+        sizes[module] = sizes.get(module, 0) + parameter.held
+    return max(sizes.values())
 
 
 def _by_place(parameters: list[PlannedParameter]) -> dict[int | str, int]:

@@ -120,6 +120,8 @@ def _memory(config: Config, estimate: Estimate) -> Table:
     for name, field in (("head and loss (1)", "head"), (f"{block} (1)", "block"), ("optimizer's step (2)", "step")):
         table.add_row(Text(name, "dim"), *(Text(_gib(getattr(stage.memory, field)), "dim") for stage in shown))
     table.add_row(Text("at the fullest moment", "bold"), *(_total(stage, estimate) for stage in shown))
+    built = (Text(_gib(stage.memory.start), "dim") for stage in shown)
+    table.add_row(Text("before, while the model is built", "dim"), *built)
     table.add_row(f"usable, {USABLE:.0%} of the GPU's", *(_gib(estimate.usable_memory) for _ in shown))
     host = max(stage.memory.host for stage in estimate.stages)
     if host:

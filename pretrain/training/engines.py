@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from braid.parallel.deepspeed_engine import build_deepspeed_engine
+from braid.parallel.deepspeed_engine import Shares, build_deepspeed_engine
 from braid.parallel.engine import Engine, PlainEngine
+from braid.parallel.layers import Store, keep_whole
 from braid.parallel.megatron_engine import MegatronEngine
 from braid.parallel.mesh import Mesh
+from braid.parallel.plan import ParallelConfig
 from braid.pretrain.config.schema import Config
 from braid.pretrain.objectives.base import Objective
 
 from .optimizer import build_optimizer
 from .precision import cast_by_autocast
+
+
+def build_store(plan: ParallelConfig, mesh: Mesh) -> Store:
+    """What a process keeps of a network's parameters while it is built for the engine."""
+    return Shares(mesh, plan) if plan.zero == 3 else keep_whole
 
 
 def build_engine(config: Config, objective: Objective, mesh: Mesh) -> Engine:

@@ -52,7 +52,7 @@ from braid.pretrain.telemetry.wandb_sink import WandbSink
 from .data import describe_data, open_rows, training_order
 from .direction import check_passes
 from .ema import EMA
-from .engines import build_engine
+from .engines import build_engine, build_store
 from .gradients import Gradients
 from .optimizer import learning_rate_factor, set_learning_rate
 from .precision import autocast
@@ -93,10 +93,11 @@ class Trainer:
         encoder = training_encoder(config, corpus, world)
         stage, self.context = build_stage(config, mesh), Context(mesh.context, config.parallel.context_by)
         divided = {"tensor": mesh.tensor, "sequence": config.parallel.sequence, "context": self.context, "stage": stage}
+        divided["store"] = build_store(config.parallel, mesh)
         self.objective = build_objective(config, self.tokenizer, encoder, self.device, **divided)
         if config.accelerators.linears == "transformer-engine":
             use_fp8(self.objective.network)
-        self.layout = build_layout(self.objective, mesh)  # before an engine may divide the parameters
+        self.layout = build_layout(self.objective, mesh)  # before an engine may divide what else there is
         self.engine = build_engine(config, self.objective, mesh)
         check_passes(self.objective, self.engine, config.run.precision, data.sequence_length)
         schedule = Schedule(stage, config.parallel, config.model.width) if stage.divided else None

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from braid.parallel.layers import RowEmbedding
+from braid.parallel.layers import RowEmbedding, whole_shape
 from braid.parallel.mesh import Axis
 from braid.pretrain.config.schema import OptimizerConfig
 from braid.pretrain.objectives.base import Objective
@@ -63,7 +63,7 @@ def parameter_kinds(module: nn.Module) -> dict[str, str]:
     tables = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding | RowEmbedding)}
     return {
         name: "table" if id(parameter) in tables
-        else "matrix" if parameter.ndim >= 2 and name.endswith("weight")
+        else "matrix" if len(whole_shape(parameter)) >= 2 and name.endswith("weight")
         else "other"
         for name, parameter in module.named_parameters()
     }  # fmt: skip

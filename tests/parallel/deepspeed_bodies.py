@@ -26,7 +26,7 @@ from braid.pretrain.checkpoint.layout import shards_of
 from braid.pretrain.config.schema import Config, OptimizerConfig
 from braid.pretrain.objectives.base import LossTerms, Noise, Objective
 from braid.pretrain.training.ema import EMA
-from braid.pretrain.training.engines import build_engine
+from braid.pretrain.training.engines import build_engine, build_store
 from braid.pretrain.training.gradients import Gradients
 from braid.pretrain.training.optimizer import set_learning_rate
 from braid.pretrain.training.precision import autocast
@@ -91,6 +91,19 @@ def _train(name: str, mesh: Mesh, plan: ParallelConfig, num_steps: int, precisio
     )
 
 
+def built(world: World, names: list[str], plan: ParallelConfig) -> dict[str, Tensors]:
+    """The first weights of each case out of an engine around a model whose modules were divided when they had them."""
+    mesh, found = build_mesh(world, plan), {}
+    for name in names:
+        objective = build(name, mesh.tensor, plan.sequence, randomise=False, store=build_store(plan, mesh))
+        assert all(parameter.numel() == 0 for parameter in objective.network.parameters())
+        engine = build_engine(Config(optimizer=ADAMW, parallel=plan), objective, mesh)
+        found[name] = whole(engine.named(engine.held), objective, mesh)
+        rest = {key: value for key, value in engine.untrained().items() if key in dict(objective.named_parameters())}
+        found[name] |= whole(rest, objective, mesh)
+    return found
+
+
 @dataclass
 class InPieces:
     """Of one case on one rank of a pipeline."""
@@ -132,7 +145,9 @@ def _train_in_pieces(name: str, mesh: Mesh, plan: ParallelConfig, num_steps: int
 
 
 def start(name: str, mesh: Mesh, plan: ParallelConfig, width: int = 32) -> tuple[Objective, Engine]:
-    objective = build(name, mesh.tensor, plan.sequence, width=width)
+    objective, store = build(name, mesh.tensor, plan.sequence, width=width), build_store(plan, mesh)
+    for module in objective.modules():
+        store(module)
     engine = build_engine(Config(optimizer=ADAMW, parallel=plan), objective, mesh)
     set_learning_rate(engine.optimizer, 1.0)
     return objective, engine

@@ -14,7 +14,7 @@ import torch
 from braid.data_pipeline.loader import Batch
 from braid.kernels.random import fold_key, initial_normal
 from braid.parallel.context import UNDIVIDED, Context
-from braid.parallel.layers import set_whole, whole_shape
+from braid.parallel.layers import Store, keep_whole, set_whole, whole_shape
 from braid.parallel.mesh import Axis
 from braid.parallel.pipeline import ONE_PIECE, Stage
 from braid.pretrain.config.objectives.ar import ARConfig
@@ -97,6 +97,7 @@ def build(
     context: Context = UNDIVIDED,
     *,
     stage: Stage = ONE_PIECE,
+    store: Store = keep_whole,
     randomise: bool = True,
     **model,
 ) -> Objective:
@@ -115,6 +116,7 @@ def build(
         sequence,
         context,
         stage,
+        store,
     )
     if randomise:
         for key, parameter in objective.named_parameters():

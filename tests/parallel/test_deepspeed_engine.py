@@ -6,7 +6,8 @@ import functools
 
 import pytest
 import torch
-from deepspeed_bodies import CLIP_NORM, InPieces, Trained, moved, poisoned, train, train_in_pieces
+from deepspeed_bodies import CLIP_NORM, InPieces, Trained, built, moved, poisoned, train, train_in_pieces
+from tensor_cases import CASES, build
 
 from braid.parallel.data_parallel import World
 from braid.parallel.plan import ParallelConfig
@@ -46,6 +47,24 @@ def assert_same(found: Trained, wanted: Trained, name: str) -> None:
             # A gradient that is nearly nothing has a sign by chance, and Adam's step is as long as any other.
             assert (tensors[key] - value).abs().mean() < 2e-5, (name, kind, key)
             assert tensors[key].shape == value.shape
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "names", "fields"),
+    [
+        (3, TWICE, {}),
+        pytest.param(3, sorted(CASES), {}, marks=pytest.mark.slow),
+        pytest.param(2, TWICE, {"offload": "cpu"}, marks=pytest.mark.slow),
+        pytest.param(4, TWICE, {"tensor": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_model_built_in_shares_has_the_weights_of_one_process(ranks, num_ranks, names, fields):
+    """To the bit, though no rank ever has more than a module whole."""
+    for of_rank in ranks(built, num_ranks, names, plan(3, **fields), timeout_s=PATIENCE_S):
+        for name, found in of_rank.items():
+            wanted = dict(build(name, randomise=False).named_parameters())
+            assert found.keys() == wanted.keys()
+            assert all(torch.equal(found[key], value) for key, value in wanted.items()), name
 
 
 @pytest.mark.parametrize(

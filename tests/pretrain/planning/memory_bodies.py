@@ -6,6 +6,7 @@ import gc
 from types import SimpleNamespace
 
 import torch
+from torch import nn
 
 from braid.data_pipeline.loader import Batch
 from braid.kernels.random import initial_normal
@@ -16,7 +17,7 @@ from braid.parallel.pipeline import Schedule
 from braid.pretrain.config.schema import Config
 from braid.pretrain.objectives.base import Noise
 from braid.pretrain.objectives.build import build_objective, build_stage
-from braid.pretrain.training.engines import build_engine
+from braid.pretrain.training.engines import build_engine, build_store
 from braid.pretrain.training.gradients import Gradients
 
 
@@ -25,6 +26,23 @@ def live_bytes() -> int:
     gc.collect()
     storages = [each.untyped_storage() for each in gc.get_objects() if isinstance(each, torch.Tensor)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def while_built(world: World, config: Config, vocab_size: int) -> int:
+    """The most bytes that are there beside what was, each time one of the larger modules has its values."""
+    initial_normal(0, "a first draw loads the table behind all of them", torch.Size((1,)))
+    before, found = live_bytes(), []
+    mesh = build_mesh(world, config.parallel)
+    store, large = build_store(config.parallel, mesh), config.model.width**2
+
+    def watched(module: nn.Module) -> None:
+        if sum(parameter.numel() for parameter in module.parameters(recurse=False)) >= large:
+            found.append(live_bytes() - before)
+        store(module)
+
+    tokenizer = SimpleNamespace(vocab_size=vocab_size, mask_id=vocab_size - 1, bos_id=0, eos_id=0)
+    build_objective(config, tokenizer, None, world.device, mesh.tensor, store=watched)
+    return max(found)
 
 
 def of_engine(world: World, config: Config, vocab_size: int) -> tuple[int, int]:

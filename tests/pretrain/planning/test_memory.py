@@ -120,6 +120,7 @@ def test_a_stage_needs_what_it_holds_and_the_largest_moment():
     (stage,) = stages_of(config)
     memory = stage.memory
     assert memory.total == sum(memory.held.values()) + memory.activations + max(memory.head, memory.block)
+    assert replace(memory, start=memory.total + 1).total == memory.total + 1
     idle = replace(memory, activations=0.0, head=0.0, block=1.0)
     assert idle.total == sum(memory.held.values()) + memory.step, "the step, where activations are few"
 
@@ -179,3 +180,22 @@ def test_an_engine_really_holds_so_much(ranks, num_processes, plan, precision):
         assert held == pytest.approx(
             sum(memory.held.get(name, 0) for name in KEPT["ZeRO 3" if plan.zero == 3 else plan.engine]), rel=WITHIN
         )
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "plan"),
+    [
+        (4, ParallelConfig(engine="deepspeed", zero=3)),
+        pytest.param(4, ParallelConfig(engine="deepspeed", zero=3, tensor=2), marks=pytest.mark.slow),
+        pytest.param(2, ParallelConfig(engine="deepspeed", zero=2), marks=pytest.mark.slow),
+    ],
+)
+def test_so_much_is_there_while_the_model_is_built(ranks, num_processes, plan):
+    """Under ZeRO 3 a rank never has more than its share and one module, whatever the size of the whole."""
+    config = load_config("tiny_mdlm", [*SMALL, "model.num_layers=8", "training.ema_decay=0"])
+    batch = replace(config.training, global_batch_size=num_processes, micro_batch_size=1)
+    config = replace(config, parallel=plan, training=batch)
+    (stage,) = stages_of(config, num_processes)
+    assert stage.memory.start < 1.2 * stage.memory.held["weights"]
+    for peak in ranks(memory_bodies.while_built, num_processes, config, VOCAB):
+        assert 0.9 * stage.memory.start < peak < (1 + WITHIN) * stage.memory.start

@@ -28,7 +28,7 @@ from braid.pretrain.checkpoint.store import CheckpointStore
 from braid.pretrain.command import run
 from braid.pretrain.exits import run_and_report
 from braid.pretrain.model import network
-from braid.pretrain.model.initialisation import initialise, starts_at_zero
+from braid.pretrain.model.initialisation import initial_values, starts_at_zero
 from braid.pretrain.objectives.base import Noise
 from braid.pretrain.training import loop
 from braid.pretrain.training import run as run_module
@@ -143,14 +143,9 @@ def hashes(drawn: list[torch.Tensor]) -> list[str]:
     ]
 
 
-def dense_initialise(model, seed, rule):
+def dense_values(seed, name, shape, std=None):
     """The house's initial values, and normal ones of deviation 0.1 where it has zeros."""
-
-    def dense(name, shape):
-        std = rule(name, shape)
-        return 0.1 if std == 0 or (std is None and starts_at_zero(name)) else std
-
-    initialise(model, seed, dense)
+    return initial_values(seed, name, shape, 0.1 if std == 0 or (std is None and starts_at_zero(name)) else std)
 
 
 if __name__ == "__main__":
@@ -159,6 +154,6 @@ if __name__ == "__main__":
     RESAVED = Path(os.environ["RESAVED"]) if "RESAVED" in os.environ else None
     deepspeed_engine.SMALL_PARAMETER = 0  # every parameter of a tiny model is small: ZeRO 3 would keep them all whole
     if os.environ.get("DENSE") == "1":
-        network.initialise = dense_initialise
+        network.initial_values = dense_values
     run_module.Trainer = RecordedTrainer
     sys.exit(run_and_report(lambda: run(sys.argv[2:])))
