@@ -336,7 +336,7 @@ ENTRIES = (
     ),
     _Entry(
         "transformer-engine",
-        "accelerators.linears=transformer-engine (fp8) can be chosen; parallel.engine=megatron steps with its Adam",
+        "accelerators.linears=transformer-engine (fp8) can be chosen",
         "accelerators.linears=transformer-engine (fp8) is refused; layers are torch's and Megatron-core's",
         probes.transformer_engine,
         module="transformer_engine.pytorch",
@@ -346,8 +346,7 @@ ENTRIES = (
     ),
     _Entry(
         "apex",
-        "accelerators.norms and .optimizer=apex can be chosen; parallel.engine=megatron steps with its Adam where "
-        "there is no transformer-engine",
+        "accelerators.norms and .optimizer=apex can be chosen",
         "accelerators.norms and .optimizer=apex are refused; torch has both",
         probes.apex,
         module="apex.optimizers",

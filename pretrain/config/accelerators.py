@@ -90,7 +90,8 @@ def _optimizer(check: Check, config: Config) -> None:
         check.add("apex has an AdamW, and no Muon", found, "optimizer.name=adamw")
     if config.parallel.engine != "plain":
         found = f"{asked}, parallel.engine = {config.parallel.engine!r}"
-        check.add("this engine brings an optimizer of its own", found, "accelerators.optimizer=torch")
+        message = "this engine divides the optimizer's state, which is tried with torch's AdamW alone"
+        check.add(message, found, "accelerators.optimizer=torch, or parallel.engine=plain")
 
 
 def _linears(check: Check, config: Config) -> None:

@@ -34,7 +34,7 @@ def test_what_goes_together(recipe):
         ("mdlm_small", (ATTENTION, "model.num_heads=2"), "768 / 2 = 384"),
         ("mdlm_small", (NORMS, "model.compile=true"), "fused norms of their own"),
         ("elf_b_owt", (OPTIMIZER,), "no Muon"),
-        ("mdlm_small", (OPTIMIZER, "parallel.engine=megatron"), "an optimizer of its own"),
+        ("mdlm_small", (OPTIMIZER, "parallel.engine=megatron"), "torch's AdamW alone"),
         ("mdlm_small", (LINEARS, "run.precision=fp32"), "take and give bf16"),
         ("mdlm_small", (LINEARS, "model.compile=true"), "not compiled"),
         ("mdlm_small", (LINEARS, "parallel.tensor=2"), "Megatron-core's"),
