@@ -169,9 +169,6 @@ def _zero(plan: ParallelConfig, facts: PlanFacts, world: int) -> Told:
     given = f"parallel.zero = {plan.zero}, parallel.engine = {plan.engine!r}"
     if plan.engine != "deepspeed":
         return ("parallel.zero is DeepSpeed's: no other engine has stages", given) if plan.zero else None
-    if plan.zero == 0 and facts.precision == "bf16":
-        message = "DeepSpeed without ZeRO does not train bf16 right: its optimizer takes one step with nothing when it "
-        return message + "is made, so that Adam's bias correction is off by one", f"{given}, run.precision = 'bf16'"
     if plan.zero < 2 or plan.pipeline == 1:
         return None
     given = f"parallel.zero = {plan.zero}, parallel.pipeline = {plan.pipeline}"

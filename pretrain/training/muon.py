@@ -65,8 +65,8 @@ class Muon(torch.optim.Optimizer):
         schedule to the momentum).
 
     Weight decay is decoupled. A parameter without a gradient has the gradient zero: its moments decay and it goes on
-    moving, whatever branch of the objective a step took. State: `step` (float32, on the CPU), and `momentum`, or
-    `exp_avg` and `exp_avg_sq`.
+    moving, whatever branch of the objective a step took; where none has one, a step does nothing. State: `step`
+    (float32, on the CPU), and `momentum`, or `exp_avg` and `exp_avg_sq`.
 
     Orthogonalising mixes all entries of a matrix. Where a matrix is divided among the ranks of the axis `tensor`, its
     u_t is gathered, orthogonalised whole and cut again: parts orthogonalised one by one would give another update.
@@ -91,6 +91,8 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         assert closure is None
+        if all(parameter.grad is None for group in self.param_groups for parameter in group["params"]):
+            return
         for group in self.param_groups:
             for parameter in group["params"]:
                 gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

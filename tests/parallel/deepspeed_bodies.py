@@ -32,6 +32,7 @@ from braid.pretrain.training.optimizer import set_learning_rate
 from braid.pretrain.training.precision import autocast
 
 ADAMW = OptimizerConfig(lr=1e-3, weight_decay=0.1, beta2=0.99)
+MUON = replace(ADAMW, name="muon")
 CLIP_NORM = 0.5
 """Below every norm here."""
 Tensors = dict[str, torch.Tensor]
@@ -115,15 +116,19 @@ class InPieces:
     """Weights and moments of parameters that every stage has -> whether they are those of the first, to the bit."""
 
 
-def train_in_pieces(world: World, names: list[str], plan: ParallelConfig, num_steps: int = 3) -> dict[str, InPieces]:
+def train_in_pieces(
+    world: World, names: list[str], plan: ParallelConfig, optimizer: OptimizerConfig = ADAMW, num_steps: int = 3
+) -> dict[str, InPieces]:
     """Train each case, four blocks or more, on a micro-batch a row. Rows need not divide by the data axis."""
     mesh = build_mesh(world, plan)
-    return {name: _train_in_pieces(name, mesh, plan, num_steps) for name in names}
+    return {name: _train_in_pieces(name, mesh, plan, optimizer, num_steps) for name in names}
 
 
-def _train_in_pieces(name: str, mesh: Mesh, plan: ParallelConfig, num_steps: int) -> InPieces:
+def _train_in_pieces(
+    name: str, mesh: Mesh, plan: ParallelConfig, optimizer: OptimizerConfig, num_steps: int
+) -> InPieces:
     objective = build_piece(name, mesh, plan)
-    engine = build_engine(Config(optimizer=ADAMW, parallel=plan), objective, mesh)
+    engine = build_engine(Config(optimizer=optimizer, parallel=plan), objective, mesh)
     set_learning_rate(engine.optimizer, 1.0)
     schedule = Schedule(objective.stage, plan, MODEL.width) if objective.stage.divided else None
     gradients, norms = Gradients(objective, engine, "fp32", schedule), []
@@ -144,11 +149,13 @@ def _train_in_pieces(name: str, mesh: Mesh, plan: ParallelConfig, num_steps: int
     return InPieces(norms, gather_stages({"": weights}, objective, mesh.pipeline)[""], copies)
 
 
-def start(name: str, mesh: Mesh, plan: ParallelConfig, width: int = 32) -> tuple[Objective, Engine]:
+def start(
+    name: str, mesh: Mesh, plan: ParallelConfig, width: int = 32, optimizer: OptimizerConfig = ADAMW
+) -> tuple[Objective, Engine]:
     objective, store = build(name, mesh.tensor, plan.sequence, width=width), build_store(plan, mesh)
     for module in objective.modules():
         store(module)
-    engine = build_engine(Config(optimizer=ADAMW, parallel=plan), objective, mesh)
+    engine = build_engine(Config(optimizer=optimizer, parallel=plan), objective, mesh)
     set_learning_rate(engine.optimizer, 1.0)
     return objective, engine
 
@@ -221,12 +228,14 @@ def weights_seen(objective: Objective, engine: Engine, mesh: Mesh) -> Tensors:
         return whole(engine.forward(look), objective, mesh)
 
 
-def poisoned(world: World, name: str, plan: ParallelConfig) -> tuple[bool, bool, bool, list[float]]:
+def poisoned(
+    world: World, name: str, plan: ParallelConfig, optimizer: OptimizerConfig
+) -> tuple[bool, bool, bool, list[float]]:
     """A step whose gradient is NaN on the last rank alone: whether every rank is told, and whether weights and state
     are what they were, to the bit; and the norms of the steps before and after."""
     deepspeed_engine.SMALL_PARAMETER = 0
     mesh = build_mesh(world, plan)
-    objective, engine = start(name, mesh, plan)
+    objective, engine = start(name, mesh, plan, optimizer=optimizer)
     first = one_step(objective, engine, mesh)
     before = _everything(objective, engine, mesh)
     told = False
