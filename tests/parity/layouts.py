@@ -41,6 +41,7 @@ class Layout:
     tensor: int = 1
     sequence: bool = False
     context: int = 1
+    context_by: str = "ulysses"
     pipeline: int = 1
     virtual: int = 1
     engine: str = "plain"
@@ -70,6 +71,19 @@ LAYOUTS = {
     "TP 2 x PP 2 x DP 2, Megatron": Layout(8, tensor=2, pipeline=2, engine="megatron"),
     "DP 2, ZeRO-2, offloaded to the CPU": Layout(2, engine="deepspeed", zero=2, offload="cpu"),
 }
+
+CONTEXT_LAYOUTS = {
+    "CP 2, ZeRO-1": Layout(2, context=2, engine="deepspeed", zero=1),
+    "CP 2, ZeRO-2": Layout(2, context=2, engine="deepspeed", zero=2),
+    "CP 2, ZeRO-3": Layout(2, context=2, engine="deepspeed", zero=3),
+    "CP 2 x DP 2, ZeRO-3": Layout(4, context=2, engine="deepspeed", zero=3),
+    "TP 2 x CP 2 + SP, ZeRO-3": Layout(
+        4, tensor=2, sequence=True, context=2, context_by="gather", engine="deepspeed", zero=3
+    ),
+    "PP 2 x CP 2, ZeRO-1": Layout(4, pipeline=2, context=2, engine="deepspeed", zero=1),
+    "PP 2 x CP 2, Megatron": Layout(4, pipeline=2, context=2, engine="megatron"),
+}
+"""Divided sequences under the engines: those of tokens, of both strands and of embeddings show it for all systems."""
 
 FIELDS = {
     "training__steps": STEPS,
