@@ -9,15 +9,16 @@ from braid.pretrain.sampling.batches import draw_in_batches
 from braid.pretrain.sampling.prompts import Prompt, no_prompt
 
 from ..evaluation.models import byte_model
-from ..evaluation.test_conditional import PAIRS, PairRows
+from ..evaluation.test_conditional import rows_of_pairs, tokens_and_given
 
 
 @pytest.mark.parametrize("name", ["ar", "mdlm"])
-def test_drawing_ignores_the_batch_size(name):
+def test_drawing_ignores_the_batch_size(name, tmp_path):
     """Sources of several lengths: each is in its row, and calls are those of its row."""
     model = byte_model(name, packing="pairs", length=20)
-    rows = PairRows(PAIRS, 20, model.tokenizer)
-    prompt = Prompt(torch.from_numpy(rows.tokens), torch.from_numpy(rows.given))
+    rows, _ = rows_of_pairs(tmp_path, 20)
+    num = len(rows)
+    prompt = Prompt(*map(torch.from_numpy, tokens_and_given(rows)))
     seen = []
     objective, settings = model.objective, SamplingConfig(steps=4)
     assert getattr(objective, "answers", True), "a model of pairs knows that it is one"
@@ -26,7 +27,7 @@ def test_drawing_ignores_the_batch_size(name):
         objective, settings, prompt, batch_size=2, progress=lambda *count: seen.append(count), **common
     )
     assert torch.equal(two.tokens[prompt.known], prompt.tokens[prompt.known])
-    assert seen == sorted(seen) and seen[-1] == (5, 5) and (2, 5) in seen
+    assert seen == sorted(seen) and seen[-1] == (num, num) and (2, num) in seen
     all_at_once = draw_in_batches(objective, settings, prompt, **common)
     assert torch.equal(two.tokens, all_at_once.tokens) and two.network_calls == all_at_once.network_calls
     if name == "ar":
