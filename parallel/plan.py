@@ -81,6 +81,8 @@ class PlanFacts:
     """Of these, the ones before the text; context parallelism divides both by themselves."""
     global_batch_size: int
     micro_batch_size: int
+    precision: str = "bf16"
+    """`fp32` or `bf16`."""
     optimizer: str = "adamw"
     num_slots: int = 0
     """Latent slots that are a sequence of their own beside the tokens; 0 for networks without."""

@@ -169,6 +169,9 @@ def _zero(plan: ParallelConfig, facts: PlanFacts, world: int) -> Told:
     given = f"parallel.zero = {plan.zero}, parallel.engine = {plan.engine!r}"
     if plan.engine != "deepspeed":
         return ("parallel.zero is DeepSpeed's: no other engine has stages", given) if plan.zero else None
+    if plan.zero == 0 and facts.precision == "bf16":
+        message = "DeepSpeed without ZeRO does not do bf16: its own optimizer for it is off by one step, and under "
+        return message + "autocast it would be the plain engine", f"{given}, run.precision = 'bf16'"
     if plan.zero < 2 or plan.pipeline == 1:
         return None
     given = f"parallel.zero = {plan.zero}, parallel.pipeline = {plan.pipeline}"

@@ -22,6 +22,7 @@ def plan_facts(config: Config) -> PlanFacts:
         prefix_length=prefix_length,
         global_batch_size=training.global_batch_size,
         micro_batch_size=training.micro_batch_size,
+        precision=config.run.precision,
         optimizer=config.optimizer.name,
         num_slots=getattr(objective, "num_slots", 0),
         alternates=getattr(objective, "architecture", "") == "mmdit",

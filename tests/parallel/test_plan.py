@@ -120,18 +120,19 @@ CASES = {
     "rounds": (plan(pipeline=2, virtual=2), facts(global_batch_size=24), 2, "rounds",
                "24 / (8 x 1 data-parallel ranks) = 3 micro-batches / pipeline 2 = 1.5"),
     "stage without engine": (plan(zero=1), facts(), 4, "DeepSpeed's", "parallel.zero = 1, parallel.engine = 'plain'"),
+    "bf16 without ZeRO": (plan(engine="deepspeed"), facts(), 4, "off by one", "run.precision = 'bf16'"),
     "ZeRO 3 and pipeline": (plan(engine="deepspeed", zero=3, pipeline=2), facts(), 4, "waits for ever", "pipeline = 2"),
     "ZeRO 2 and pipeline": (plan(engine="deepspeed", zero=2, pipeline=2), facts(), 4, "save nothing", "pipeline = 2"),
     "muon cut": (plan(engine="megatron"), facts(optimizer="muon"), 4, "laid end to end", "'megatron'"),
     "muon and ZeRO": (plan(engine="deepspeed", zero=1), facts(optimizer="muon"), 4, "laid end to end", "zero = 1"),
-    "offload": (plan(engine="deepspeed", offload="cpu"), facts(), 4, "what ZeRO divides", "zero = 0"),
+    "offload": (plan(engine="deepspeed", offload="cpu"), facts(precision="fp32"), 4, "what ZeRO divides", "zero = 0"),
     "nvme": (plan(engine="deepspeed", zero=3, offload="nvme"), facts(), 4, "local disk", "parallel.offload_dir = ''"),
     "nvme below 3": (plan(engine="deepspeed", zero=2, offload="nvme", offload_dir="/fast"), facts(), 4, "stage 3 alone",
                      "parallel.offload = 'nvme', parallel.zero = 2"),
     "folder unused": (plan(offload_dir="/fast"), facts(), 4, "is ignored", "parallel.offload_dir = '/fast'"),
     "range": (plan(tensor=0), facts(), 4, "parallel.tensor = 0 must be at least 1", ""),
     "choice": (plan(engine="fsdp"), facts(), 4, "parallel.engine = 'fsdp' is not one of plain, deepspeed", ""),
-    "stage": (plan(engine="deepspeed", zero=4), facts(), 4, "parallel.zero = 4 is not one of 0, 1", ""),
+    "stage": (plan(engine="deepspeed", zero=4), facts(precision="fp32"), 4, "parallel.zero = 4 is not one of 0, 1", ""),
 }  # fmt: skip
 
 
@@ -152,8 +153,7 @@ def test_the_nearest_plans_come_first():
     assert ways(plan(tensor=8), 48, global_batch_size=384) == ["parallel.tensor=6", "parallel.tensor=12"]
     assert ways(plan(context=8), 64) == ["parallel.context_by=gather", "parallel.context=4"]
     assert ways(plan(pipeline=4, virtual=2), 4) == ["parallel.virtual=3", "parallel.virtual=1"]
-    muon = ways(plan(engine="deepspeed", zero=1), 4, optimizer="muon")
-    assert muon == ["parallel.zero=0", "parallel.engine=plain parallel.zero=0"]
+    assert ways(plan(engine="deepspeed"), 4) == ["parallel.engine=plain", "parallel.engine=megatron"]
     assert ways(plan(), 4, global_batch_size=500) == [
         "training.global_batch_size=512",
         "training.global_batch_size=480",
@@ -170,8 +170,8 @@ def test_the_nearest_plans_come_first():
         (plan(pipeline=5), {"global_batch_size": 8}, 5),
         (plan(pipeline=2, virtual=6), {}, 2),
         (plan(pipeline=2, virtual=3), {"alternates": True}, 2),
-        (plan(engine="deepspeed"), {}, 2),
-        (plan(engine="deepspeed", pipeline=2), {"optimizer": "muon"}, 2),
+        (plan(engine="deepspeed"), {"precision": "fp32"}, 2),
+        (plan(engine="deepspeed", pipeline=2), {"precision": "fp32", "optimizer": "muon"}, 2),
         (plan(engine="deepspeed", zero=3, offload="nvme", offload_dir="/fast"), {}, 2),
         (plan(engine="deepspeed", zero=1, pipeline=2, tensor=2), {}, 8),
         (plan(engine="megatron", pipeline=2, virtual=2, tensor=2, sequence=True, context=2), {}, 16),
@@ -244,9 +244,10 @@ def constructible(p: ParallelConfig, f: PlanFacts, num_processes: int) -> bool:
         return False
     if p.virtual > 1 and dealt(rows // f.micro_batch_size, p.pipeline) is None:
         return False
-    engines = {("plain", 0, "none"), ("megatron", 0, "none"), ("deepspeed", 0, "none")}
+    engines = {("plain", 0, "none"), ("megatron", 0, "none")}
     engines |= {("deepspeed", stage, place) for stage in (1, 2, 3) for place in ("none", "cpu")}
     engines |= {("deepspeed", 3, "nvme")}
+    engines |= {("deepspeed", 0, "none")} if f.precision == "fp32" else set()
     if p.pipeline > 1:
         engines = {engine for engine in engines if engine[1] < 2}
     if f.optimizer == "muon":
@@ -277,6 +278,7 @@ FACTS_OF_ANY_KIND = st.builds(
     prefix_length=st.sampled_from([0, 0, 12]),
     global_batch_size=st.integers(1, 96),
     micro_batch_size=st.sampled_from([1, 1, 2, 3, 4]),
+    precision=st.sampled_from(["fp32", "bf16"]),
     optimizer=st.sampled_from(["adamw", "adamw", "muon"]),
     num_slots=st.sampled_from([0, 0, 24, 10]),
     alternates=st.booleans(),
