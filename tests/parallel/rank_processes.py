@@ -6,7 +6,6 @@ import functools
 import os
 import pickle
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -14,6 +13,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+from ports import free_port
 from training_runs import Process, WarmPython
 
 from braid.parallel.data_parallel import TIMEOUT_S
@@ -58,9 +58,7 @@ def run_on_ranks(body: Callable, n: int, *args: Any, timeout_s: float = 60, pati
 
 
 def _start(folder: Path, n: int) -> list[Process]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     environment = os.environ | ON_CPU | {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [str(RANK_MAIN), str(folder)]
     return [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from ports import free_port
 from rank_bodies import die_or_wait, reduce_odd_gradients, sleep_or_wait, talk, train
 from torch import nn
 
@@ -74,9 +74,7 @@ def test_a_stuck_rank_ends_the_others_after_the_timeout(ranks) -> None:
 
 
 def test_a_rank_that_never_comes(monkeypatch) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     for name, value in dict(RANK=0, WORLD_SIZE=2, LOCAL_RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(TrainingFailed, match="a start over 2 ranks"):
@@ -132,9 +130,7 @@ def test_under_torchrun(tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_nccl_world_of_one(monkeypatch) -> None:
     """CUDA tensors over NCCL, host values over gloo, in one process group."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     for name, value in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items():
         monkeypatch.setenv(name, str(value))
     world = init_world("cuda", 60)

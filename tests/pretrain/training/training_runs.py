@@ -10,7 +10,6 @@ import os
 import re
 import select
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ports import free_port
 
 from braid.pretrain.checkpoint.folder import Checkpoint, load_checkpoint
 from braid.pretrain.checkpoint.store import CheckpointStore
@@ -182,9 +182,7 @@ class Trainers:
     def start_ranks(self, size: int, recipe: str, run: str, *, env: dict[str, str] | None = None,
                     env_of: dict[int, dict[str, str]] | None = None, **options: Any) -> list[Process]:  # fmt: skip
         """The same on `size` ranks, as torchrun would start them. `env_of`: more of some ranks' environment."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         peers = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         own = [(env or {}) | (env_of or {}).get(rank, {}) for rank in range(size)]
         ranks = [peers | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | own[rank] for rank in range(size)]
