@@ -26,7 +26,7 @@ whole already, and zeros from all ranks but the first.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, NamedTuple, TypeVar
@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from braid.kernels.capabilities import require
 from braid.kernels.errors import ConfigError
 from braid.parallel.data_parallel import reduce_gradients
+from braid.parallel.divided_engine import COUNTER, Cut, DividedEngine, name_groups
 from braid.parallel.engine import Engine, NotFinite, Part, PlainEngine, Receivers, clip_gradients, gradient_norm
 from braid.parallel.layers import whole_shape
 from braid.parallel.mesh import Axis, Mesh
@@ -99,15 +100,21 @@ class Shares:
 
 
 def build_deepspeed_engine(
-    module: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh, plan: ParallelConfig
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    mesh: Mesh,
+    plan: ParallelConfig,
+    half: Collection[str] = (),
 ) -> Engine:
     """DeepSpeed with the plan's stage around `module`, whose weights are there already, whole or as `Shares` leaves
-    them. Collective.
+    them. `half` names the weights that every use casts to bfloat16, as which stage 3 gathers them. Collective.
 
     Raises BraidError where DeepSpeed is not installed, and ConfigError where it cannot write to a disk.
     """
-    for parameter in module.parameters():
+    for name, parameter in module.named_parameters():
         assert whole_shape(parameter), "DeepSpeed cannot divide what has no dimension"
+        if name in half:
+            parameter.comm_dtype = torch.bfloat16
         # For the norm. DeepSpeed counts what is not marked on the first rank of the tensor axis and on every stage. The
         # marks: on every rank of the tensor axis; and not on this stage, because the first one does.
         parameter.tensor_model_parallel = hasattr(parameter, "shard")
@@ -115,8 +122,7 @@ def build_deepspeed_engine(
         if getattr(parameter, "partial", False) and mesh.tensor.grouped:
             # Before DeepSpeed takes the gradient, at every backward pass.
             parameter.register_hook(lambda gradient: mesh.tensor.all_reduce_sum(gradient.contiguous().clone()))
-    groups = mesh.world.all_gather_object(len(optimizer.param_groups))
-    assert plan.zero == 0 or len(set(groups)) == 1, "ZeRO adds norms up over the stages of a pipeline group by group"
+    name_groups(module, optimizer)
     mpu = join_deepspeed(mesh)
     if plan.offload == "nvme":
         _check_writing()
@@ -227,8 +233,17 @@ class Place(NamedTuple):
     """Of the tensor among those held, the same on every rank."""
     spans: list[Span]
 
+    @property
+    def pieces(self) -> list[tuple[int, int, int]]:
+        """(rank, start, stop) of each."""
+        return [(span.rank, span.start, span.start + span.length) for span in self.spans]
 
-class ZeroEngine(Engine):
+    def own(self, tensor: Tensor, rank: int) -> list[Tensor]:
+        """Those of a rank, in the tensor that holds them."""
+        return [tensor[span.place : span.place + span.length] for span in self.spans if span.rank == rank]
+
+
+class ZeroEngine(DividedEngine):
     """Stages 1 and 2."""
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh, deepspeed: _DeepSpeed) -> None:
@@ -237,6 +252,22 @@ class ZeroEngine(Engine):
         self._name_of = {id(parameter): name for name, parameter in module.named_parameters()}
         self.held, self.places = self._held(), list(self._places())
         self.names = [place.name for place in self.places]
+        if mesh.pipeline.grouped:
+            self._add_norms_of_stages()
+
+    def _add_norms_of_stages(self) -> None:
+        """DeepSpeed adds norms up over the stages of a pipeline group by group, and waits for ever where stages have
+        different groups (only the first may have a table, which is one under Muon): let it add those of this stage, and
+        then add all stages' at once."""
+        norm_of_stage = self.zero.scaled_global_norm
+
+        def norm() -> Tensor:
+            group, self.zero.model_parallel_group = self.zero.model_parallel_group, None
+            square = norm_of_stage().square()
+            self.zero.model_parallel_group = group
+            return self.mesh.model.all_reduce_sum(square).sqrt()
+
+        self.zero.scaled_global_norm = norm
 
     def _held(self) -> list[Tensor]:
         return self.zero.single_partition_of_fp32_groups
@@ -282,17 +313,36 @@ class ZeroEngine(Engine):
     def publish(self) -> None:
         self.zero.update_lp_params()
 
-    def named(self, like_held: Sequence[Tensor], to: Receivers | None = None) -> Iterator[tuple[str, Tensor]]:
-        yield from _joined(self.places, like_held, self.mesh.reduction, self.mesh.world.device, to)
+    def named(
+        self,
+        like_held: Sequence[Tensor | None],
+        to: Receivers | None = None,
+        names: Collection[str] | None = None,
+    ) -> Iterator[tuple[str, Tensor]]:
+        places = [place for place in self.places if names is None or place.name in names]
+        yield from _joined(places, like_held, self.mesh.reduction, self.mesh.world.device, to)
 
     def shapes(self) -> dict[str, torch.Size]:
         return {place.name: place.shape for place in self.places}
 
+    def holding(self, names: Collection[str]) -> list[int]:
+        return sorted({place.number for place in self.places if place.name in names})
+
+    def cuts(self, names: Collection[str], like: Mapping[Tensor, Tensor]) -> Iterator[Cut]:
+        parameters = dict(self.module.named_parameters())
+        by_number = {number: like[weight] for number, weight in enumerate(self.held) if weight in like}
+        for place in self.places:
+            if place.number in by_number:
+                own = place.own(by_number[place.number], self.mesh.reduction.rank)
+                yield Cut(parameters[place.name], place.shape, place.pieces, own)
+
     @torch.no_grad()
-    def fill(self, like_held: Sequence[Tensor], part: Part) -> None:
+    def fill(self, like_held: Sequence[Tensor | None], part: Part, names: Collection[str] | None = None) -> None:
         for tensor in like_held:
-            tensor.zero_()  # what lies between parameters, and after the last, is stepped too
-        _put(self.places, like_held, self.mesh.reduction.rank, part)
+            if tensor is not None:
+                tensor.zero_()  # what lies between parameters, and after the last, is stepped too
+        places = [place for place in self.places if names is None or place.name in names]
+        _put(places, like_held, self.mesh.reduction.rank, part)
 
     def untrained(self) -> dict[str, Tensor]:
         trained = set(self.names)
@@ -339,28 +389,37 @@ class Zero3Engine(ZeroEngine):
         if on_disk:
             self.zero._optimizer_states_and_gradient_swap_out(number)
 
-    def named(self, like_held: Sequence[Tensor], to: Receivers | None = None) -> Iterator[tuple[str, Tensor]]:
-        for number in range(len(self.held)):
+    def named(
+        self,
+        like_held: Sequence[Tensor | None],
+        to: Receivers | None = None,
+        names: Collection[str] | None = None,
+    ) -> Iterator[tuple[str, Tensor]]:
+        for number in range(len(self.held)) if names is None else self.holding(names):
             with self._present(number) as places:
                 yield from _joined(places, like_held, self.mesh.reduction, self.mesh.world.device, to)
 
     @torch.no_grad()
-    def fill(self, like_held: Sequence[Tensor], part: Part) -> None:
-        for number, tensor in enumerate(like_held):
+    def fill(self, like_held: Sequence[Tensor | None], part: Part, names: Collection[str] | None = None) -> None:
+        for number in range(len(self.held)) if names is None else self.holding(names):
             with self._present(number) as places:
-                tensor.zero_()  # the ends of parameters that do not divide
+                like_held[number].zero_()  # the ends of parameters that do not divide
                 _put(places, like_held, self.mesh.reduction.rank, part)
 
     def load_optimizer_state(self, keys: Iterable[str], part: Part) -> None:
         self.optimizer.state.clear()
         if getattr(self.zero, "swap_optimizer", False):
             self.zero.optimizer_swapper.purge_state()
-        names = sorted({key.rpartition("/")[2] for key in keys})
+        states_of: dict[str, list[str]] = {}
+        for key in sorted(keys):
+            name, _, state = key.rpartition("/")
+            states_of.setdefault(name, []).append(state)
         for number, weight in enumerate(self.held):
             with self._present(number) as places:
-                for name in names:
-                    value = part(f"{places[0].name}/{name}").clone()
-                    if value.ndim:
+                for name in states_of[places[0].name]:
+                    if name == COUNTER:
+                        value = part(f"{places[0].name}/{name}").clone()
+                    else:
                         value = torch.zeros_like(weight, requires_grad=False)
                         rank = self.mesh.reduction.rank
                         _put(places, {number: value}, rank, lambda key, *at, n=name: part(f"{key}/{n}", *at))
@@ -422,9 +481,8 @@ def _joined(
         if to is not None and place.name not in to:
             continue
         tensor = tensors[place.number]
-        pieces = [(span.rank, span.start, span.start + span.length) for span in place.spans]
-        own = [tensor[span.place : span.place + span.length] for span in place.spans if span.rank == axis.rank]
-        whole = axis.join(pieces, own, tensor.dtype, device, None if to is None else to[place.name])
+        receiver = None if to is None else to[place.name]
+        whole = axis.join(place.pieces, place.own(tensor, axis.rank), tensor.dtype, device, receiver)
         if whole is not None:
             yield place.name, whole.view(place.shape)
 
@@ -438,7 +496,8 @@ def _put(
 ) -> None:
     """Inverse of `_joined`, for one rank: its pieces of each tensor."""
     for place in places:
+        tensor = tensors[place.number]
         for span in place.spans:
             if span.rank == rank:
                 piece = part(place.name, span.start, span.start + span.length)
-                tensors[place.number][span.place : span.place + span.length].copy_(piece)
+                tensor[span.place : span.place + span.length].copy_(piece)

@@ -6,8 +6,9 @@ the same part of the model (the mesh's `reduction` axis): what this process upda
 tensors, and everything that is kept for each of them (moments, averages) has the same shapes in the same order.
 
     PlainEngine        every process holds all of its parameters
-    DeepSpeed's        ZeRO stages 0 to 3, with offload (deepspeed_engine.py)
-    MegatronEngine     its DistributedDataParallel and DistributedOptimizer
+    DividedEngine      each process holds its pieces of them (divided_engine.py):
+      ZeroEngine       DeepSpeed's ZeRO stages 1 to 3, with offload (deepspeed_engine.py)
+      MegatronEngine   its DistributedDataParallel and DistributedOptimizer (megatron_engine.py)
 """
 
 from __future__ import annotations
@@ -143,42 +144,18 @@ class Engine(ABC):
     def fill(self, like_held: Sequence[Tensor], part: Part) -> None:
         """Inverse of `named`: fill tensors like those of `held` from `part`."""
 
+    @abstractmethod
     def optimizer_state(self, to: Receivers | None = None) -> Iterator[tuple[str, Tensor]]:
         """(`<parameter name>/<state name>`, value) of what the optimizer keeps, as `named` gives parts; step counters
         are scalars."""
-        states = [self.optimizer.state[weight] for weight in self.held if weight in self.optimizer.state]
-        for key in sorted(states[0]) if states else ():
-            values = [state[key] for state in states]
-            wanted = to and {name: to[f"{name}/{key}"] for name in self.names if f"{name}/{key}" in to}
-            counts = values[0].ndim == 0  # the same for all
-            given = ((name, values[0]) for name in self._here(wanted)) if counts else self.named(values, wanted)
-            for name, value in given:
-                yield f"{name}/{key}", value
 
+    @abstractmethod
     def optimizer_outline(self) -> dict[str, Tensor]:
         """What `optimizer_state` gives, in its order, on the device meta. Not collective."""
-        state = next((self.optimizer.state[weight] for weight in self.held if weight in self.optimizer.state), {})
-        return {
-            f"{name}/{key}": torch.empty(shape if state[key].ndim else (), dtype=state[key].dtype, device="meta")
-            for key in sorted(state)
-            for name, shape in self.shapes().items()
-        }
 
-    def _here(self, to: Receivers | None) -> list[str]:
-        """The names that this process is given."""
-        return [name for name in self.names if to is None or to.get(name) == self.mesh.reduction.rank]
-
+    @abstractmethod
     def load_optimizer_state(self, keys: Iterable[str], part: Part) -> None:
         """Inverse of `optimizer_state`: `part` of each of `keys`; the state that was there is gone."""
-        self.optimizer.state.clear()
-        for state, key in {key.rpartition("/")[2]: key for key in keys}.items():
-            if part(key).ndim == 0:
-                values = [part(key).clone() for _ in self.held]
-            else:
-                values = [torch.empty_like(weight) for weight in self.held]
-                self.fill(values, lambda name, *span, state=state: part(f"{name}/{state}", *span))
-            for weight, value in zip(self.held, values, strict=True):
-                self.optimizer.state[weight][state] = value
 
     @abstractmethod
     def untrained(self) -> dict[str, Tensor]:
@@ -227,8 +204,9 @@ class PlainEngine(Engine):
         pass
 
     def named(self, like_held: Sequence[Tensor], to: Receivers | None = None) -> Iterator[tuple[str, Tensor]]:
-        tensors = dict(zip(self.names, like_held, strict=True))
-        yield from ((name, tensors[name]) for name in self._here(to))
+        for name, tensor in zip(self.names, like_held, strict=True):
+            if to is None or to.get(name) == self.mesh.reduction.rank:
+                yield name, tensor
 
     def shapes(self) -> dict[str, torch.Size]:
         return {name: tensor.shape for name, tensor in self.named(self.held)}

@@ -24,29 +24,32 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from braid.kernels.capabilities import require
-from braid.parallel.engine import Engine, NotFinite, Part, Receivers, clip_gradients, gradient_norm
+from braid.parallel.divided_engine import Cut, DividedEngine, name_groups
+from braid.parallel.engine import NotFinite, Part, Receivers, clip_gradients, gradient_norm
 from braid.parallel.layers import sum_partial_gradients
 from braid.parallel.mesh import Mesh
 from braid.parallel.pipeline import sum_replicated_gradients
 
+T = TypeVar("T")
 
-class MegatronEngine(Engine):
+
+class MegatronEngine(DividedEngine):
     """See the docstring of the module."""
 
     def __init__(
         self,
         module: nn.Module,
-        optimizer: torch.optim.AdamW,
+        optimizer: torch.optim.Optimizer,
         mesh: Mesh,
         *,
         half: Collection[str] = (),
@@ -73,6 +76,7 @@ class MegatronEngine(Engine):
         for parameter in trained.values():
             # To Megatron: let it have a bucket of its own, which the stages of a pipeline then divide alike.
             parameter.shared_embedding = getattr(parameter, "replicated", False)
+        name_groups(module, optimizer)
         self.ddp = _wrap(module, overlap, bucket_size)
         self.megatron = _divide(self.ddp, optimizer, bool(half))
         self._ranges = self._find_ranges()
@@ -197,16 +201,19 @@ class MegatronEngine(Engine):
         with super().writing() as held:
             yield held
 
-    def named(self, like_held: Sequence[Tensor], to: Receivers | None = None) -> Iterator[tuple[str, Tensor]]:
+    def named(
+        self,
+        like_held: Sequence[Tensor | None],
+        to: Receivers | None = None,
+        names: Collection[str] | None = None,
+    ) -> Iterator[tuple[str, Tensor]]:
         mine = self._mine(like_held)
         for name, parameter in self._parameters.items():
-            if to is not None and name not in to:
+            if (to is not None and name not in to) or (names is not None and name not in names):
                 continue
-            ranges = self._ranges[name]
-            pieces = [(rank, start, stop) for rank, (start, stop) in enumerate(ranges) if start < stop]
             own = [mine[name]] if name in mine else []
             receiver = None if to is None else to[name]
-            whole = self.mesh.reduction.join(pieces, own, torch.float32, parameter.device, receiver)
+            whole = self.mesh.reduction.join(self._pieces(name), own, torch.float32, parameter.device, receiver)
             if whole is not None:
                 yield name, whole.view(parameter.shape)
 
@@ -214,9 +221,23 @@ class MegatronEngine(Engine):
         return {name: parameter.shape for name, parameter in self._parameters.items()}
 
     @torch.no_grad()
-    def fill(self, like_held: Sequence[Tensor], part: Part) -> None:
+    def fill(self, like_held: Sequence[Tensor | None], part: Part, names: Collection[str] | None = None) -> None:
         for name, tensor in self._mine(like_held).items():
-            tensor.copy_(part(name, *self._ranges[name][self.mesh.reduction.rank]))
+            if names is None or name in names:
+                tensor.copy_(part(name, *self._ranges[name][self.mesh.reduction.rank]))
+
+    def holding(self, names: Collection[str]) -> list[int]:
+        return [number for name, number in self._mine(range(len(self.held))).items() if name in names]
+
+    def cuts(self, names: Collection[str], like: Mapping[Tensor, Tensor]) -> Iterator[Cut]:
+        mine = self._mine(self.held)
+        for name in names:
+            own = [like[mine[name]]] if name in mine else []
+            yield Cut(self._parameters[name], self._parameters[name].shape, self._pieces(name), own)
+
+    def _pieces(self, name: str) -> list[tuple[int, int, int]]:
+        """(rank, start, stop) of each piece of a parameter."""
+        return [(rank, start, stop) for rank, (start, stop) in enumerate(self._ranges[name]) if start < stop]
 
     def untrained(self) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in self.module.state_dict().items() if name not in self._parameters}
@@ -232,8 +253,8 @@ class MegatronEngine(Engine):
         rows = table.transpose(0, 1).tolist()
         return {name: [tuple(row) for row in ranks] for name, ranks in zip(self.names, rows, strict=True)}
 
-    def _mine(self, like_held: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Those of this rank by the name of their parameter."""
+    def _mine(self, like_held: Sequence[T]) -> dict[str, T]:
+        """By the name of their parameter."""
         rank = self.mesh.reduction.rank
         names = [name for name, ranges in self._ranges.items() if ranges[rank][0] < ranges[rank][1]]
         return dict(zip(names, like_held, strict=True))
@@ -269,7 +290,7 @@ def _wrap(module: nn.Module, overlap: bool, bucket_size: int | None) -> nn.Modul
     return ddp
 
 
-def _divide(ddp: nn.Module, optimizer: torch.optim.AdamW, half: bool) -> Any:
+def _divide(ddp: nn.Module, optimizer: torch.optim.Optimizer, half: bool) -> Any:
     """Megatron's DistributedOptimizer around an optimizer, whose groups then hold parts of parameters."""
     config = _core("optimizer").OptimizerConfig(
         optimizer="adam",
@@ -278,9 +299,11 @@ def _divide(ddp: nn.Module, optimizer: torch.optim.AdamW, half: bool) -> Any:
         use_distributed_optimizer=True,
         overlap_param_gather=ddp.ddp_config.overlap_param_gather,
     )
+    # It insists on Adam for its own checkpoints' sake, and looks at nothing but the groups.
+    of_groups = torch.optim.AdamW(optimizer.param_groups)
     with torch.no_grad():  # else the parts of float32 parameters would be results of theirs
-        return _core("optimizer.distrib_optimizer").DistributedOptimizer(
-            optimizer,
+        divided = _core("optimizer.distrib_optimizer").DistributedOptimizer(
+            of_groups,
             config,
             grad_scaler=None,
             init_state_fn=None,
@@ -291,6 +314,9 @@ def _divide(ddp: nn.Module, optimizer: torch.optim.AdamW, half: bool) -> Any:
             data_parallel_group_idx=0,
             distributed_optimizer_instance_id=0,
         )
+    optimizer.param_groups = of_groups.param_groups
+    divided.optimizer = optimizer
+    return divided
 
 
 def _shards(optimizer: Any) -> dict[nn.Parameter, Tensor]:

@@ -137,6 +137,33 @@ class Axis:
                 transfer.wait()
         return whole if here else None
 
+    @torch.no_grad()
+    def cut(
+        self,
+        pieces: Sequence[tuple[int, int, int]],
+        own: Iterable[Tensor],
+        whole: Tensor | None,
+        device: torch.device,
+        source: int,
+    ) -> None:
+        """Inverse of `join`: overwrite the pieces of all positions with those of the flat tensor `whole`, which the
+        position `source` has; the others pass None. It travels on `device`."""
+        own, arriving, transfers = iter(own), [], []
+        for holder, start, stop in pieces:
+            if holder == self.rank == source:
+                next(own).copy_(whole[start:stop])
+            elif holder == self.rank:
+                piece = next(own)
+                arriving.append((piece, torch.empty_like(piece, device=device)))
+                transfers.append(dist.P2POp(dist.irecv, arriving[-1][1], group=self.group, group_peer=source))
+            elif self.rank == source:
+                transfers.append(dist.P2POp(dist.isend, whole[start:stop], group=self.group, group_peer=holder))
+        with self._named("transfer"):
+            for transfer in dist.batch_isend_irecv(transfers) if transfers else ():
+                transfer.wait()
+        for piece, arrived in arriving:
+            piece.copy_(arrived)
+
     def broadcast_object(self, value: T, source: int = 0) -> T:
         """The value of position `source` (anything that pickles) everywhere; what the others pass is ignored."""
         if not self.grouped:

@@ -70,7 +70,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanFacts:
-    """What a plan must fit: the network's dimensions, the batch, and what the optimizer asks for."""
+    """What a plan must fit: the network's dimensions and the batch."""
 
     num_layers: int
     num_heads: int
@@ -83,7 +83,6 @@ class PlanFacts:
     micro_batch_size: int
     precision: str = "bf16"
     """`fp32` or `bf16`."""
-    optimizer: str = "adamw"
     num_slots: int = 0
     """Latent slots that are a sequence of their own beside the tokens; 0 for networks without."""
     alternates: bool = False

@@ -186,13 +186,6 @@ def _zero(plan: ParallelConfig, facts: PlanFacts, world: int) -> Told:
     return message + "until the last one it would save nothing over ZeRO 1", given
 
 
-def _flattened(plan: ParallelConfig, facts: PlanFacts, world: int) -> Told:
-    if facts.optimizer != "muon" or (plan.zero == 0 and plan.engine != "megatron"):
-        return None
-    message = "muon needs whole matrices, and this engine cuts the parameters laid end to end"
-    return message, f"optimizer.name = 'muon', parallel.engine = {plan.engine!r}, parallel.zero = {plan.zero}"
-
-
 def _offload(plan: ParallelConfig, facts: PlanFacts, world: int) -> Told:
     given = f"parallel.offload = {plan.offload!r}, parallel.zero = {plan.zero}"
     if plan.offload == "nvme" and 0 < plan.zero < 3:
@@ -230,7 +223,6 @@ RULES: dict[str, tuple[_Rule, ...]] = {
     ),
     "engine": (
         _Rule(("engine", "zero"), _zero),
-        _Rule(("engine", "zero"), _flattened),
         _Rule(("offload", "zero", "engine"), _offload),
         _Rule(("offload", "offload_dir"), _offload_dir),
     ),

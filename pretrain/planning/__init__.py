@@ -36,7 +36,11 @@ W width, F width of the MLP, V vocabulary, b bytes of a number in products (bf16
     pipeline             4 n W for each piece's state and its gradient                   arXiv 2104.04473, 4.1
     data                 plain: all-reduce of the gradients; megatron, ZeRO 1: scatter,  arXiv 1910.02054, 7
                          and gather of the weights; ZeRO 2 and 3 scatter the gradients
-                         of every micro-batch, 3 gathers the weights twice for each
+                         of every micro-batch, 3 gathers the weights twice for each, in
+                         bf16 what products take in bf16
+    Muon                 (t - 1) of a process's matrices in float32, where an engine     training/muon.py
+                         divides the state / d; ZeRO 3: and there and back on d, 2
+                         (d - 1) / d^2 of them
     bubble               (p - 1) / (v m + p - 1) of the time                             arXiv 2104.04473, 2.2
       uneven stages      m max + (sum - max) / v: the slowest stage sets the pace        schedule.py
     seconds sent         bytes / (0.8 x speed of the link, one direction); a ring over   hardware.py (data sheets)

@@ -23,7 +23,6 @@ def plan_facts(config: Config) -> PlanFacts:
         global_batch_size=training.global_batch_size,
         micro_batch_size=training.micro_batch_size,
         precision=config.run.precision,
-        optimizer=config.optimizer.name,
         num_slots=getattr(objective, "num_slots", 0),
         alternates=getattr(objective, "architecture", "") == "mmdit",
         causal=objective.name == "ar",

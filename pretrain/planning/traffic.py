@@ -79,6 +79,7 @@ def stage_traffic(load: Load, config: Config, axes: dict[str, Axis], gpu: GPU, n
         *_context(load, config, axes["context"], num_micro_batches),
         *_pipeline(load, config, axes["pipeline"], num_micro_batches),
         *_data(load, config, axes["reduction"], num_micro_batches),
+        *_whole_matrices(load, config, axes),
     ]
     return [
         Traffic(kind, operation, axis.name, sent, _seconds(operation, sent, axis, gpu), hidden)
@@ -148,8 +149,28 @@ def _data(load: Load, config: Config, axis: Axis, num_micro_batches: int) -> Ite
         yield "weights", "gather", axis, gathered, False
     else:  # gradients are divided, so each micro-batch's are sent, as they are computed
         yield "gradients", "scatter", axis, reduced * num_micro_batches, hidden
-        times = 2 * num_micro_batches if plan.zero == 3 else 1
-        yield "weights", "gather", axis, gathered * times, hidden and plan.zero == 3
+        if plan.zero == 3:  # they travel in the precision of the products, forward and backward
+            of_matrix = HALF if config.run.precision == "bf16" else FLOAT
+            once = sum(p.held * (of_matrix if p.is_matrix else FLOAT) for p in trained) * ring
+            yield "weights", "gather", axis, once * 2 * num_micro_batches, hidden
+        else:
+            yield "weights", "gather", axis, gathered, False
+
+
+def _whole_matrices(load: Load, config: Config, axes: dict[str, Axis]) -> Iterator[Sent]:
+    """Muon makes its averages whole in float32: over the ranks that a matrix is cut on, and over the tensor axis. Where
+    parameters are cut end to end, but for the ends each matrix lies on one rank, which orthogonalises it."""
+    if config.optimizer.name != "muon":
+        return
+    plan, reduction, tensor = config.parallel, axes["reduction"], axes["tensor"]
+    matrices = [p for p in load.parameters if p.trained and p.moments == 1]
+    dealt = "state" in state_bytes(plan, config.run.precision).divided
+    share = 1 / reduction.size if dealt else 1.0
+    if plan.zero == 3:
+        ring = (reduction.size - 1) / reduction.size
+        yield "Muon", "gather, scatter", reduction, 2 * FLOAT * sum(p.held for p in matrices) * share * ring, False
+    parts = sum(p.held for p in matrices if p.held < p.whole)
+    yield "Muon", "gather", tensor, FLOAT * parts * share * (tensor.size - 1), False
 
 
 def _seconds(operation: str, sent: float, axis: Axis, gpu: GPU) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from braid.parallel.deepspeed_engine import Shares, build_deepspeed_engine
+from braid.parallel.divided_engine import DividedEngine
 from braid.parallel.engine import Engine, PlainEngine
 from braid.parallel.layers import Store, keep_whole
 from braid.parallel.megatron_engine import MegatronEngine
@@ -11,6 +12,7 @@ from braid.parallel.plan import ParallelConfig
 from braid.pretrain.config.schema import Config
 from braid.pretrain.objectives.base import Objective
 
+from .muon import Muon
 from .optimizer import build_optimizer
 from .precision import cast_by_autocast
 
@@ -27,12 +29,17 @@ def build_engine(config: Config, objective: Objective, mesh: Mesh) -> Engine:
     fused = engine == "plain" and mesh.world.device.type == "cuda"
     library = config.accelerators.optimizer
     optimizer = build_optimizer(objective, config.optimizer, mesh.tensor, library, fused=fused)
+    half = cast_by_autocast(objective) if config.run.precision == "bf16" else ()
+    built: Engine
     match engine:
         case "plain":
-            return PlainEngine(objective, optimizer, mesh)
+            built = PlainEngine(objective, optimizer, mesh)
         case "megatron":
-            half = cast_by_autocast(objective) if config.run.precision == "bf16" else ()
-            return MegatronEngine(objective, optimizer, mesh, half=half, overlap=config.parallel.overlap)
+            built = MegatronEngine(objective, optimizer, mesh, half=half, overlap=config.parallel.overlap)
         case "deepspeed":
-            return build_deepspeed_engine(objective, optimizer, mesh, config.parallel)
-    raise AssertionError(engine)
+            built = build_deepspeed_engine(objective, optimizer, mesh, config.parallel, half)
+        case _:
+            raise AssertionError(engine)
+    if isinstance(optimizer, Muon) and isinstance(built, DividedEngine):
+        optimizer.change_whole = built.change_whole
+    return built

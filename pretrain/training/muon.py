@@ -15,18 +15,27 @@ not two-dimensional.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from braid.parallel.layers import gather_whole
+from braid.parallel.layers import Shard, gather_whole
 from braid.parallel.mesh import Axis
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the odd polynomial a x + b x^3 + c x^5 that is applied to the singular values (Jordan et al., 2024)."""
 NUM_ITERATIONS = 5
+
+KEPT = {
+    "matrix": ("momentum", "step"),
+    "table": ("momentum", "step"),
+    "other": ("exp_avg", "exp_avg_sq", "step"),
+}
+"""Kind of a parameter -> what is kept for it."""
+
+ChangeWhole = Callable[[Collection[str], Mapping[Tensor, Tensor], Callable[[Tensor, Tensor], Tensor]], None]
 
 
 def orthogonalised(matrices: Tensor, eps: float = 1e-8) -> Tensor:
@@ -69,7 +78,9 @@ class Muon(torch.optim.Optimizer):
     (float32, on the CPU), and `momentum`, or `exp_avg` and `exp_avg_sq`.
 
     Orthogonalising mixes all entries of a matrix. Where a matrix is divided among the ranks of the axis `tensor`, its
-    u_t is gathered, orthogonalised whole and cut again: parts orthogonalised one by one would give another update.
+    u_t is gathered, orthogonalised whole and cut again: parts orthogonalised one by one would give another update. So
+    it is where an engine has cut the parameters, laid end to end, among the ranks that sum up gradients: these engines
+    are asked through `change_whole`, and then each rank orthogonalises its share of the matrices.
     """
 
     def __init__(
@@ -83,10 +94,13 @@ class Muon(torch.optim.Optimizer):
         tensor: Axis | None = None,
     ) -> None:
         self.tensor = tensor
+        self.change_whole: ChangeWhole | None = None
+        """`change_whole` of a DividedEngine whose groups these are; None: parameters are whole."""
         super().__init__(
             groups, {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": 0.0, "kind": None}
         )
-        assert all(group["kind"] in ("matrix", "table", "other") for group in self.param_groups)
+        for group in self.param_groups:
+            group["keeps"] = KEPT[group["kind"]]
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -94,26 +108,46 @@ class Muon(torch.optim.Optimizer):
         if all(parameter.grad is None for group in self.param_groups for parameter in group["params"]):
             return
         for group in self.param_groups:
-            for parameter in group["params"]:
-                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                if group["kind"] == "other":
-                    update = _adam_update(self.state[parameter], gradient, group)
-                else:
-                    update = self._matrix_update(parameter, gradient, group)
+            updates = self._adam_updates(group) if group["kind"] == "other" else self._matrix_updates(group)
+            for parameter, update in updates:
                 parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
 
-    def _matrix_update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
-        state, beta, shard = self.state[parameter], group["momentum"], getattr(parameter, "shard", None)
+    def _adam_updates(self, group: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
+        for parameter in group["params"]:
+            yield parameter, _adam_update(self.state[parameter], _gradient(parameter), group)
+
+    def _matrix_updates(self, group: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
+        def update(parameter: Tensor, averaged: Tensor) -> Tensor:
+            return self._orthogonalised(averaged, getattr(parameter, "shard", None), group)
+
+        averages = ((parameter, self._averaged(parameter, group)) for parameter in group["params"])
+        if self.change_whole is None:
+            yield from ((parameter, update(parameter, averaged)) for parameter, averaged in averages)
+        else:
+            updates = dict(averages)
+            self.change_whole(group["names"], updates, update)
+            yield from updates.items()
+
+    def _averaged(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+        """u_t, entry by entry."""
+        state, beta, gradient = self.state[parameter], group["momentum"], _gradient(parameter)
         if not state:
             state.update(step=torch.tensor(0.0), momentum=torch.zeros_like(gradient))
         state["step"] += 1
         state["momentum"].lerp_(gradient, 1 - beta)
-        averaged = nesterov(state["momentum"], gradient, beta, int(state["step"]))
+        return nesterov(state["momentum"], gradient, beta, int(state["step"]))
+
+    def _orthogonalised(self, averaged: Tensor, shard: Shard | None, group: dict[str, Any]) -> Tensor:
+        """The update of a matrix, or of this process's part on the tensor axis, from its u_t."""
         whole = averaged if shard is None else gather_whole(averaged, shard, self.tensor)
         rows, columns = whole.shape[-2:]
         out_over_in = rows / columns if group["kind"] == "matrix" else columns / rows
         update = orthogonalised(whole, group["eps"]) * math.sqrt(max(1, out_over_in))
         return update if shard is None else shard.cut(update)
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def _adam_update(state: dict[str, Tensor], gradient: Tensor, group: dict[str, Any]) -> Tensor:

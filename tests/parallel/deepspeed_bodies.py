@@ -23,13 +23,13 @@ from braid.parallel.mesh import Mesh, build_mesh
 from braid.parallel.pipeline import Schedule
 from braid.parallel.plan import ParallelConfig
 from braid.pretrain.checkpoint.layout import shards_of
-from braid.pretrain.config.schema import Config, OptimizerConfig
+from braid.pretrain.config.schema import Config, OptimizerConfig, RunConfig
 from braid.pretrain.objectives.base import LossTerms, Noise, Objective
 from braid.pretrain.training.ema import EMA
 from braid.pretrain.training.engines import build_engine, build_store
 from braid.pretrain.training.gradients import Gradients
 from braid.pretrain.training.optimizer import set_learning_rate
-from braid.pretrain.training.precision import autocast
+from braid.pretrain.training.precision import autocast, cast_by_autocast
 
 ADAMW = OptimizerConfig(lr=1e-3, weight_decay=0.1, beta2=0.99)
 MUON = replace(ADAMW, name="muon")
@@ -62,15 +62,24 @@ def train(
     num_steps: int = 2,
     precision: str = "fp32",
     width: int = 32,
+    optimizer: OptimizerConfig = ADAMW,
 ) -> dict[str, Trained]:
     """Train each case on two micro-batches a rank and step (of one row, where two ranks share the rows)."""
     deepspeed_engine.SMALL_PARAMETER = 0  # every parameter of these models is small
     mesh = build_mesh(world, plan)
-    return {name: _train(name, mesh, plan, num_steps, precision, width) for name in names}
+    return {name: _train(name, mesh, plan, num_steps, precision, width, optimizer) for name in names}
 
 
-def _train(name: str, mesh: Mesh, plan: ParallelConfig, num_steps: int, precision: str, width: int) -> Trained:
-    objective, engine = start(name, mesh, plan, width)
+def _train(
+    name: str,
+    mesh: Mesh,
+    plan: ParallelConfig,
+    num_steps: int,
+    precision: str,
+    width: int,
+    optimizer: OptimizerConfig,
+) -> Trained:
+    objective, engine = start(name, mesh, plan, width, optimizer, precision)
     on_disk = plan.offload == "nvme"
     ema = EMA(engine, 0.0 if on_disk else 0.5)
     norms, moments = [], []
@@ -150,12 +159,18 @@ def _train_in_pieces(
 
 
 def start(
-    name: str, mesh: Mesh, plan: ParallelConfig, width: int = 32, optimizer: OptimizerConfig = ADAMW
+    name: str,
+    mesh: Mesh,
+    plan: ParallelConfig,
+    width: int = 32,
+    optimizer: OptimizerConfig = ADAMW,
+    precision: str = "fp32",
 ) -> tuple[Objective, Engine]:
     objective, store = build(name, mesh.tensor, plan.sequence, width=width), build_store(plan, mesh)
     for module in objective.modules():
         store(module)
-    engine = build_engine(Config(optimizer=optimizer, parallel=plan), objective, mesh)
+    config = Config(run=RunConfig(precision=precision), optimizer=optimizer, parallel=plan)
+    engine = build_engine(config, objective, mesh)
     set_learning_rate(engine.optimizer, 1.0)
     return objective, engine
 
@@ -250,6 +265,26 @@ def poisoned(
     return told, same, moved, [first.item(), second.item()]
 
 
+def gathered_bytes(world: World, precision: str) -> tuple[int, int, int]:
+    """Of a step of stage 3: bytes of gathered weights, and elements of the matrices and of all weights."""
+    from deepspeed.runtime.zero import partition_parameters
+
+    deepspeed_engine.SMALL_PARAMETER = 0
+    mesh = build_mesh(world, ParallelConfig(engine="deepspeed", zero=3))
+    objective, engine = start("mdlm", mesh, ParallelConfig(engine="deepspeed", zero=3), 64, ADAMW, precision)
+    one_step(objective, engine, mesh, precision)  # in which DeepSpeed learns the order
+    sizes, gather = [], partition_parameters._dist_allgather_fn
+
+    def watched(piece: torch.Tensor, whole: torch.Tensor, group: Any) -> Any:
+        sizes.append(whole.nbytes)
+        return gather(piece, whole, group)
+
+    partition_parameters._dist_allgather_fn = watched
+    one_step(objective, engine, mesh, precision)
+    matrices = sum(objective.get_parameter(name).ds_numel for name in cast_by_autocast(objective))
+    return sum(sizes), matrices, sum(parameter.ds_numel for parameter in objective.parameters())
+
+
 def _everything(objective: Objective, engine: Engine, mesh: Mesh) -> Tensors:
     held = whole(engine.named(engine.held), objective, mesh)
     state = whole(engine.optimizer_state(), objective, mesh)
@@ -258,16 +293,16 @@ def _everything(objective: Objective, engine: Engine, mesh: Mesh) -> Tensors:
     return held | state | seen | rest
 
 
-def moved(world: World, name: str, plan: ParallelConfig, width: int = 32) -> bool:
+def moved(world: World, name: str, plan: ParallelConfig, width: int = 32, optimizer: OptimizerConfig = ADAMW) -> bool:
     """Everything of a trained engine into a fresh one, which then goes on as the first does."""
     deepspeed_engine.SMALL_PARAMETER = 0
     mesh = build_mesh(world, plan)
-    objective, engine = start(name, mesh, plan, width)
+    objective, engine = start(name, mesh, plan, width, optimizer)
     for _ in range(2):
         one_step(objective, engine, mesh)
     if plan.offload == "nvme":
         plan = replace(plan, offload_dir=f"{plan.offload_dir}/other")
-    other, fresh = start(name, mesh, plan, width)
+    other, fresh = start(name, mesh, plan, width, optimizer)
     weights = part(whole(engine.named(engine.held), objective, mesh), other)
     state = part(whole(engine.optimizer_state(), objective, mesh), other)
     rest = {key: value.clone() for key, value in engine.untrained().items()}

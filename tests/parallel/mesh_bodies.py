@@ -77,17 +77,29 @@ def talk_along_axes(world: World) -> dict[str, list]:
         "gathered": [axis.all_gather(own, dim).tolist() for axis in (mesh.tensor, mesh.data) for dim in (0, 1)],
         "odd": mesh.tensor.all_gather(odd, -1).tolist(),
         "joined": [_joined(mesh.data, world.rank, to) for to in (0, 1, None)] + [_joined(mesh.context, world.rank, 0)],
+        "cut": [_cut(axis, world.rank, source) for axis, source in ((mesh.data, 0), (mesh.data, 1), (mesh.context, 0))],
         "alone": mesh.context.all_gather(own, 0).tolist() + mesh.context.broadcast(own).tolist(),
         "own": own.tolist(),
     }
 
 
 def _joined(axis: Axis, rank: int, to: int | None) -> list | None:
-    """Pieces of lengths 2, 3 and 1 that lie with the last position, the first and the last."""
-    pieces = [(axis.size - 1, 0, 2), (0, 2, 5), (axis.size - 1, 5, 6)]
+    pieces = _pieces(axis)
     own = [torch.full((stop - start,), 10 * rank + start) for at, start, stop in pieces if at == axis.rank]
     whole = axis.join(pieces, own, torch.int64, torch.device("cpu"), to)
     return None if whole is None else whole.tolist()
+
+
+def _cut(axis: Axis, rank: int, source: int) -> list[list]:
+    own = [torch.full((stop - start,), -1) for at, start, stop in _pieces(axis) if at == axis.rank]
+    whole = 10 * rank + torch.arange(6) if axis.rank == source else None
+    axis.cut(_pieces(axis), own, whole, torch.device("cpu"), source)
+    return [piece.tolist() for piece in own]
+
+
+def _pieces(axis: Axis) -> list[tuple[int, int, int]]:
+    """Of lengths 2, 3 and 1, that lie with the last position, the first and the last."""
+    return [(axis.size - 1, 0, 2), (0, 2, 5), (axis.size - 1, 5, 6)]
 
 
 def reduce_over_the_mesh(world: World) -> list[float]:

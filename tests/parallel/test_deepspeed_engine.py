@@ -6,7 +6,19 @@ import functools
 
 import pytest
 import torch
-from deepspeed_bodies import ADAMW, CLIP_NORM, MUON, InPieces, Trained, built, moved, poisoned, train, train_in_pieces
+from deepspeed_bodies import (
+    ADAMW,
+    CLIP_NORM,
+    MUON,
+    InPieces,
+    Trained,
+    built,
+    gathered_bytes,
+    moved,
+    poisoned,
+    train,
+    train_in_pieces,
+)
 from tensor_cases import CASES, build
 
 from braid.parallel.data_parallel import World
@@ -162,6 +174,15 @@ def test_bf16_is_that_of_plain_torch(ranks, plain_bf16, zero, tolerance):
                     other = found.moments[0][key]
                     assert other.dtype == torch.float32
                     assert (other - value).norm() <= 20 * tolerance * value.norm() + 1e-9, (name, key)
+
+
+def test_stage_3_gathers_matrices_in_the_precision_of_their_products(ranks):
+    """A pass gathers each weight, a recomputed block's again."""
+    (exact, matrices, everything), _ = ranks(gathered_bytes, 2, "fp32", timeout_s=PATIENCE_S)
+    (half, *_), _ = ranks(gathered_bytes, 2, "bf16", timeout_s=PATIENCE_S)
+    times = exact / 4 / everything
+    assert times > 2 and matrices > 0.8 * everything
+    assert exact - half == pytest.approx(2 * times * matrices, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,10 @@ def test_collectives_along_axes(ranks) -> None:
         joined = [high, high, low + 2, low + 2, low + 2, high + 5]
         there = [joined, None] if rank < across else [None, joined]
         assert found["joined"] == [*there, joined, [10 * rank + start for start in (0, 0, 2, 2, 2, 5)]]
+        of_low, of_high, alone = ([n + m for n in range(6)] for m in (low, high, 10 * rank))
+        mine = slice(2, 5) if rank < across else None
+        expected = [[whole[mine]] if mine else [whole[:2], whole[5:]] for whole in (of_low, of_high)]
+        assert found["cut"] == [*expected, [alone[:2], alone[2:5], alone[5:]]]
         assert found["alone"] == [own, own] and found["own"] == [own], "what is gathered or copied is left as it was"
 
 

@@ -123,8 +123,6 @@ CASES = {
     "bf16 without ZeRO": (plan(engine="deepspeed"), facts(), 4, "off by one", "run.precision = 'bf16'"),
     "ZeRO 3 and pipeline": (plan(engine="deepspeed", zero=3, pipeline=2), facts(), 4, "waits for ever", "pipeline = 2"),
     "ZeRO 2 and pipeline": (plan(engine="deepspeed", zero=2, pipeline=2), facts(), 4, "save nothing", "pipeline = 2"),
-    "muon cut": (plan(engine="megatron"), facts(optimizer="muon"), 4, "laid end to end", "'megatron'"),
-    "muon and ZeRO": (plan(engine="deepspeed", zero=1), facts(optimizer="muon"), 4, "laid end to end", "zero = 1"),
     "offload": (plan(engine="deepspeed", offload="cpu"), facts(precision="fp32"), 4, "what ZeRO divides", "zero = 0"),
     "nvme": (plan(engine="deepspeed", zero=3, offload="nvme"), facts(), 4, "local disk", "parallel.offload_dir = ''"),
     "nvme below 3": (plan(engine="deepspeed", zero=2, offload="nvme", offload_dir="/fast"), facts(), 4, "stage 3 alone",
@@ -171,11 +169,11 @@ def test_the_nearest_plans_come_first():
         (plan(pipeline=2, virtual=6), {}, 2),
         (plan(pipeline=2, virtual=3), {"alternates": True}, 2),
         (plan(engine="deepspeed"), {"precision": "fp32"}, 2),
-        (plan(engine="deepspeed", pipeline=2), {"precision": "fp32", "optimizer": "muon"}, 2),
+        (plan(engine="deepspeed", pipeline=2), {"precision": "fp32"}, 2),
         (plan(engine="deepspeed", zero=3, offload="nvme", offload_dir="/fast"), {}, 2),
         (plan(engine="deepspeed", zero=1, pipeline=2, tensor=2), {}, 8),
         (plan(engine="megatron", pipeline=2, virtual=2, tensor=2, sequence=True, context=2), {}, 16),
-        (plan(pipeline=2, tensor=2), {"optimizer": "muon"}, 4),
+        (plan(pipeline=2, tensor=2), {}, 4),
         (plan(context=2), {"causal": True}, 4),
         (plan(engine="deepspeed", zero=2), {"divisible": False}, 4),
     ],
@@ -250,8 +248,6 @@ def constructible(p: ParallelConfig, f: PlanFacts, num_processes: int) -> bool:
     engines |= {("deepspeed", 0, "none")} if f.precision == "fp32" else set()
     if p.pipeline > 1:
         engines = {engine for engine in engines if engine[1] < 2}
-    if f.optimizer == "muon":
-        engines = {engine for engine in engines if engine[1] == 0 and engine[0] != "megatron"}
     return (p.engine, p.zero, p.offload) in engines and bool(p.offload_dir) == (p.offload == "nvme")
 
 
@@ -279,7 +275,6 @@ FACTS_OF_ANY_KIND = st.builds(
     global_batch_size=st.integers(1, 96),
     micro_batch_size=st.sampled_from([1, 1, 2, 3, 4]),
     precision=st.sampled_from(["fp32", "bf16"]),
-    optimizer=st.sampled_from(["adamw", "adamw", "muon"]),
     num_slots=st.sampled_from([0, 0, 24, 10]),
     alternates=st.booleans(),
     causal=st.booleans(),

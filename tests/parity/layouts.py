@@ -26,11 +26,10 @@ SYSTEMS = {
     "CCDD MMDiT": ("tiny_ccdd_mmdit", {"model__num_layers": 8}),
     "RePlaid": ("tiny_replaid", {}),
     "Co-LADD": ("tiny_co_ladd", {}),
-    "ELF": ("tiny_elf", {"optimizer__name": "adamw"}),
+    "ELF": ("tiny_elf", {}),
     "AR": ("tiny_ar", {}),
 }
-"""Name -> recipe and what differs from it: MMDiT's blocks come in pairs; the optimizers that cut parameters laid end to
-end have no Muon."""
+"""Name -> recipe and what differs from it: MMDiT's blocks come in pairs. ELF is trained with Muon."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ class Chain(NamedTuple):
 
 
 CHAINS = {
-    "TP 2 -> one, Muon": Chain([LAYOUTS["TP 2"], ONE], "ELF", {"optimizer__name": "muon"}),
+    "TP 2 -> one": Chain([LAYOUTS["TP 2"], ONE], "ELF"),
     "PP 2 -> one": Chain([LAYOUTS["PP 2"], ONE], "RePlaid"),
     "ZeRO-3 -> TP 2 x PP 2": Chain([LAYOUTS["DP 2, ZeRO-3"], Layout(4, tensor=2, pipeline=2)]),
     "DP 4 -> one -> DP 2": Chain([Layout(4), ONE, Layout(2)]),

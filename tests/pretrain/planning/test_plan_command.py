@@ -109,8 +109,6 @@ def test_every_network_has_figures_on_any_plan(recipe):
              ["parallel.context=2", "parallel.engine=deepspeed", "parallel.zero=3"]]  # fmt: skip
     totals = []
     for overrides in plans:
-        if overrides and load_config(recipe).optimizer.name == "muon":  # needs whole matrices
-            overrides = [*overrides, "optimizer.name=adamw"]
         found = figures(recipe, "training.micro_batch_size=2", *overrides, gpus=8)
         totals.append(max(stage.memory.total for stage in found.stages))
         with torch.device("meta"):

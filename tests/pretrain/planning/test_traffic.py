@@ -12,6 +12,7 @@ from braid.pretrain.planning.estimate import Machine, estimate
 from braid.pretrain.planning.hardware import GPU, find_gpu
 from braid.pretrain.planning.traffic import LINK_EFFICIENCY, plan_axes
 from braid.pretrain.planning.vocabulary import VocabularySize
+from braid.pretrain.training.optimizer import parameter_kinds
 
 B, L, W, LAYERS = 2, 64, 128, 4
 N = B * L * W
@@ -96,7 +97,8 @@ def test_pipeline():
         ("deepspeed", 1, "fp32", 4 + 4, 4 + 4),
         ("deepspeed", 1, "bf16", 4 + 4, 4 + 4),
         ("deepspeed", 2, "bf16", 4 * 4 + 4, 4 * 4 + 4),
-        ("deepspeed", 3, "bf16", 4 * 4 + 4 * 2 * 4, 4 * 4 + 4 * 2 * 4),
+        ("deepspeed", 3, "bf16", 4 * 4 + 4 * 2 * 2, 4 * 4 + 4 * 2 * 4),
+        ("deepspeed", 3, "fp32", 4 * 4 + 4 * 2 * 4, 4 * 4 + 4 * 2 * 4),
     ],
 )
 def test_data(engine, zero, precision, of_matrices, of_others):
@@ -111,6 +113,24 @@ def test_data(engine, zero, precision, of_matrices, of_others):
     assert kinds == (
         {0: set(), 1: set(), 2: {"gradients"}, 3: {"gradients", "weights"}}[zero] if hidden is None else hidden
     )
+
+
+def test_muon_makes_matrices_whole():
+    muon = "optimizer.name=muon"
+    config, objective = build("tiny_mdlm", f"model.num_layers={LAYERS}", f"data.sequence_length={L}", vocab_size=96)
+    kinds = parameter_kinds(objective)
+    matrices = sum(p.numel() for name, p in objective.named_parameters() if kinds[name] != "other")
+    (plain,), _ = traffic_of(ParallelConfig(), 4, muon)
+    assert not any(kind == "Muon" for kind, _ in plain)
+    (found,), _ = traffic_of(ParallelConfig(engine="deepspeed", zero=3), 4, muon)
+    # Of each matrix three ranks send a quarter to the fourth, and get another one back.
+    assert found["Muon", "gather, scatter"].sent == pytest.approx(4 * (3 + 3) * matrices / 4 / 4)
+    for engine in ("plain", "megatron"):
+        (found,), _ = traffic_of(ParallelConfig(tensor=2, engine=engine), 8, muon)
+        (alone,), _ = traffic_of(ParallelConfig(tensor=2, engine=engine), 8)
+        assert found.keys() - alone.keys() == {("Muon", "gather")}
+        halves = found["Muon", "gather"].sent / 4 * (4 if engine == "megatron" else 1)
+        assert 0.4 * matrices < halves <= matrices / 2 + 96 * W, "each sends its half to the other"
 
 
 def test_data_goes_over_context_too():

@@ -33,8 +33,6 @@ SEQUENCE = {"parallel__tensor": 2, "parallel__sequence": True}
 MEGATRON = {"parallel__engine": "megatron"}
 UNUSED = {"tiny_co_ladd_learned": ("network.blocks.1.latents.", "network.latent_head.")}
 """Where the latents have a denoiser of their own, what the joint network would say of them."""
-ADAMW = {"optimizer__name": "adamw"}
-"""For runs by engines that cut parameters laid end to end, which have no Muon."""
 FOUR_BLOCKS = {"model__num_layers": 4, "training__micro_batch_size": 2}
 """And four micro-batches in a global batch, or two on each of two data-parallel ranks."""
 INTERLEAVED = FOUR_BLOCKS | {"parallel__pipeline": 2, "parallel__virtual": 2}
@@ -102,8 +100,7 @@ def test_every_layout_trains_as_one_process(
     trainers: Trainers, alone: Callable[..., Path], recipe: str, layout: str
 ) -> None:
     ranks, fields = LAYOUTS[layout]
-    common = ADAMW if "parallel__engine" in fields else {}
-    common = common | {name: fields[name] for name in FOUR_BLOCKS if name in fields}
+    common = {name: fields[name] for name in FOUR_BLOCKS if name in fields}
     if recipe == "tiny_ccdd_mmdit" and "model__num_layers" in common:
         common["model__num_layers"] = 8  # its pieces are of pairs of blocks
     whole = alone(recipe, **common)
@@ -140,9 +137,8 @@ CHAINS = [
 def test_a_run_goes_on_under_another_layout(trainers: Trainers, recipe: str, chain: list[tuple[int, dict]]) -> None:
     """From one layout to the next and the next. What is loaded is what was saved, to the bit; then the run is the one
     that was never interrupted."""
-    optimizer = ADAMW if any("parallel__engine" in fields for _, fields in chain) else {}
-    first, second, third = ((ranks, fields | optimizer) for ranks, fields in chain)
-    train(trainers, recipe, "whole", 1, training__steps=15, **optimizer)
+    first, second, third = chain
+    train(trainers, recipe, "whole", 1, training__steps=15)
     train(trainers, recipe, "moved", first[0], **first[1])
     saved = last_checkpoint(trainers.folder / "moved")
     # No step is left to do: what was loaded is evaluated, and nothing is saved again.
