@@ -28,7 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `braid prepare`."""
     add = parser.add_argument
     add("--input", nargs="+", metavar="INPUT", help=f"files, folders, patterns, by path or URL: {ENDINGS}")
-    add("--tokens", nargs="+", metavar="PATH", help="instead: ids of --tokenizer (Megatron, datatrove, datasets, flat)")
+    add(
+        "--tokens",
+        nargs="+",
+        metavar="PATH",
+        help="instead: its ids (Megatron, datatrove, litdata, datasets, flat)",
+    )
     add("--documents", choices=("index", "eos"), help="with --tokens: where documents end besides at EOS (index)")
     add("--token-dtype", choices=("uint16", "uint32"), help="with --tokens: of flat files that have no index")
     add("--embedded", action="store_true", help="prepare the text that comes with Python instead of --input")

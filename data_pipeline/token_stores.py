@@ -2,6 +2,7 @@
 
     Megatron      NAME.bin with NAME.idx (MMIDIDX, version 1): documents of one or more sequences
     datatrove     NAME.ds with NAME.ds.index, what nanotron trains on: u64 ends of documents, in tokens
+    litdata       a folder with index.json and chunks, `optimize` with its TokensLoader: each item is a document
     datasets      a folder written by `Dataset.save_to_disk` of Hugging Face datasets: rows of an integer list column,
                   `input_ids` or the only one; needs pyarrow
     flat          any other .bin or .ds: ids of one dtype, one after the other; documents end at EOS
@@ -32,6 +33,22 @@ PIECE_TOKENS = 1 << 18
 """Ids read at a time; a longer document comes in several pieces."""
 MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+LITDATA_DTYPES = {
+    "no_header_tensor": {
+        11: "u1",
+        12: "i1",
+        13: "<i2",
+        14: "<i2",
+        15: "<i4",
+        16: "<i4",
+        17: "<i8",
+        18: "<i8",
+        20: "<u2",
+    },
+    "no_header_numpy": {0: "i1", 1: "<i2", 2: "<i4", 3: "<i8", 4: "u1", 5: "<u2", 6: "<u4", 7: "<u8"},
+}
+"""Of its serializers, integers alone."""
+LITDATA_INDEX = "index.json"
 STATE_FILE = "state.json"
 COPY = "it is cut off or damaged: copy it again"
 
@@ -244,6 +261,45 @@ class FlatStore:
         yield self._tokens, False
 
 
+class LitdataStore:
+    """A folder of litdata: index.json names the chunks and the dtype. A chunk, little endian: u32 items n | u32 ends
+    [n + 1] in bytes, of the header and of each item | ids."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, index = path, path / LITDATA_INDEX
+        try:
+            content = json.loads(index.read_bytes())
+            config = content["config"]
+            (layout,) = config["data_format"]
+            files = [(path / chunk["filename"], chunk["chunk_bytes"]) for chunk in content["chunks"]]
+            kind, _, code = layout.partition(":")
+            packed = [str(config[key]) for key in ("compression", "encryption") if config.get(key)]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{index} cannot be read", found=f"{type(error).__name__}: {error}", change=COPY
+            ) from error
+        dtype = LITDATA_DTYPES.get(kind, {}).get(int(code) if code.isdecimal() else -1)
+        if dtype is None or packed:
+            found = f"data_format {layout}" + "".join(f", {how}" for how in packed)
+            change = "write it by `litdata.optimize` with `item_loader=TokensLoader()`, of integer ids, not compressed"
+            raise InputError(f"{path} does not hold plain token ids", found=found, change=change)
+        self.paths, self._dtype = [file for file, _ in files] + [index], np.dtype(dtype)
+        for file, size in files:
+            if file_size(file) != size:
+                raise InputError(f"{file} is cut off", found=f"{file_size(file)} bytes instead of {size}", change=COPY)
+
+    def segments(self) -> Iterator[Segment]:
+        for path in self.paths[:-1]:
+            content = np.asarray(np.memmap(path, np.uint8, mode="r"))
+            number = int.from_bytes(content[:4].tobytes(), "little")
+            ends = content[4 : 8 + 4 * number].view("<u4").astype(np.int64)
+            fits = len(ends) == number + 1 and ends[0] == 8 + 4 * number and ends[-1] == len(content)
+            if not fits or (np.diff(ends) < 0).any() or ((ends - ends[0]) % self._dtype.itemsize).any():
+                raise InputError(f"{path} contradicts itself", change=COPY)
+            for start, stop in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
+                yield np.frombuffer(content[start:stop].tobytes(), self._dtype), True
+
+
 class DatasetStore:
     """A folder written by `Dataset.save_to_disk`: state.json names the Arrow files, in which each row is a segment."""
 
@@ -304,9 +360,12 @@ class DatasetStore:
         )
 
 
-def _open_store(path: Path, token_dtype: str | None) -> MegatronStore | IndexedStore | FlatStore | DatasetStore:
+Store = MegatronStore | IndexedStore | FlatStore | LitdataStore | DatasetStore
+
+
+def _open_store(path: Path, token_dtype: str | None) -> Store:
     if path.is_dir():
-        return DatasetStore(path)
+        return DatasetStore(path) if (path / STATE_FILE).is_file() else LitdataStore(path)
     if path.suffix == ".bin" and path.with_suffix(".idx").exists():
         return MegatronStore(path)
     if path.with_name(path.name + ".index").exists():
@@ -343,7 +402,7 @@ def _resolve(inputs: Sequence[str | Path]) -> list[Path]:
 
 def _stores_at(path: Path) -> list[Path]:
     if path.is_dir():
-        if (path / STATE_FILE).is_file():
+        if (path / STATE_FILE).is_file() or (path / LITDATA_INDEX).is_file():
             return [path]
         if (path / "dataset_dict.json").is_file():
             splits = sorted(state.parent.name for state in path.glob(f"*/{STATE_FILE}"))

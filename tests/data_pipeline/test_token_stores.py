@@ -128,6 +128,71 @@ def test_flat(tmp_path, tokenizer, ids, monkeypatch):
         open_files(tmp_path / "a.bin", tokenizer)
 
 
+def write_litdata(folder: Path, documents: list[list[int]], dtype: type, layout: str, files: int = 3) -> Path:
+    """What litdata 0.2.76 writes with its TokensLoader; written here a second time."""
+    folder.mkdir()
+    chunks = []
+    for k in range(files):
+        items = documents[k * len(documents) // files : (k + 1) * len(documents) // files]
+        lengths = [len(item) * np.dtype(dtype).itemsize for item in items]
+        ends = 8 + 4 * len(items) + np.cumsum([0, *lengths])
+        content = struct.pack("<I", len(items)) + ends.astype("<u4").tobytes()
+        content += np.array(list(chain(*items)), dtype).tobytes()
+        name, dim = f"chunk-0-{k}.bin", sum(map(len, items))
+        (folder / name).write_bytes(content)
+        chunks.append({"chunk_bytes": len(content), "chunk_size": len(items), "dim": dim, "filename": name})
+    config = {"compression": None, "data_format": [layout], "encryption": None, "item_loader": "TokensLoader"}
+    (folder / "index.json").write_text(json.dumps({"chunks": chunks, "config": config}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [
+        (np.int32, "no_header_tensor:16"),
+        (np.int64, "no_header_tensor:18"),
+        (np.uint16, "no_header_tensor:20"),
+        (np.uint16, "no_header_numpy:5"),
+        (np.uint32, "no_header_numpy:6"),
+    ],
+)
+def test_litdata(tmp_path, tokenizer, ids, dtype, layout):
+    eos = load_tokenizer(tokenizer).eos_id
+    folder = write_litdata(tmp_path / "a", [[*document, eos] for document in ids], dtype, layout)
+    assert read(open_files(folder, tokenizer)) == ids
+    assert read(open_files(write_litdata(tmp_path / "b", ids, dtype, layout), tokenizer)) == ids
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        ({"compression": "zstd"}, "zstd"),
+        ({"encryption": {"algorithm": "fernet"}}, "fernet"),
+        ({"data_format": ["no_header_tensor:0"]}, "no_header_tensor:0"),
+        ({"data_format": ["jpeg", "int"]}, "ValueError"),
+    ],
+)
+def test_litdata_that_is_not_plain_ids(tmp_path, tokenizer, ids, config, found):
+    folder = write_litdata(tmp_path / "a", ids, np.int32, "no_header_tensor:16")
+    content = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps(content | {"config": content["config"] | config}))
+    with pytest.raises(InputError) as caught:
+        open_files(folder, tokenizer)
+    assert found in caught.value.found
+
+
+def test_litdata_that_is_damaged(tmp_path, tokenizer, ids):
+    folder = write_litdata(tmp_path / "a", ids, np.int32, "no_header_tensor:16")
+    whole = (folder / "chunk-0-1.bin").read_bytes()
+    (folder / "chunk-0-1.bin").write_bytes(whole[:-4])
+    with pytest.raises(InputError, match="chunk-0-1.bin is cut off"):
+        open_files(folder, tokenizer)
+    for damaged in (b"\x00\x00\x00\x7f" + whole[4:], whole[:8] + b"\xff" + whole[9:]):
+        (folder / "chunk-0-1.bin").write_bytes(damaged)
+        with pytest.raises(InputError, match="contradicts itself"):
+            read(open_files(folder, tokenizer))
+
+
 def test_datasets(tmp_path, tokenizer, ids):
     write_dataset(tmp_path / "one", ids, attention_mask=[[1] * len(document) for document in ids])
     assert read(open_files(tmp_path / "one", tokenizer)) == ids[::2] + ids[1::2]
