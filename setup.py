@@ -39,6 +39,7 @@ EXTRAS = {
     "deepspeed": ["deepspeed>=0.19.8"],
     "webdataset": ["webdataset>=1.0.2"],
     "s3": ["s3fs>=2024.2"],
+    "gcs": ["gcsfs>=2024.2"],
     "http": ["aiohttp>=3.9"],
     # What mosaicml-streaming needs at run time. The package itself is installed with --no-deps (see the Makefile): what
     # it declares would replace torch and bring torchvision.
@@ -52,7 +53,7 @@ EXTRAS = {
         "filelock>=3.12",
     ],
 }
-# moto is the S3 server of the tests; Flask is what it serves with.
+# moto is the S3 server of the tests (Flask is what it serves with), gcp-storage-emulator that of Google's protocol.
 TEST_TOOLS = [
     "pytest>=8",
     "pytest-xdist>=3.6",
@@ -62,6 +63,7 @@ TEST_TOOLS = [
     "moto>=5",
     "flask>=3",
     "flask-cors>=5",
+    "gcp-storage-emulator>=2024.8",
 ]
 EXTRAS["test"] = [*TEST_TOOLS, *(package for extra in EXTRAS.values() for package in extra)]
 # Torch's CUDA build brings the version it wants; beside its CPU build tests interpret and compile the kernels with it.

@@ -294,7 +294,7 @@ ENTRIES = (
         module="gcsfs",
         symbol="GCSFileSystem",
         distribution="gcsfs",
-        install="pip install gcsfs",
+        install="pip install 'braid-lm[gcs]'",
     ),
     _Entry(
         "aiohttp",

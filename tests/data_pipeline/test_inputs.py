@@ -91,6 +91,27 @@ def s3(folder):
 
 
 @pytest.fixture(scope="module")
+def gs(folder):
+    """A server that speaks as Google's Cloud Storage does."""
+    with pytest.MonkeyPatch.context() as environment:  # it is looked at while the package is imported
+        environment.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks Google itself, of each bucket
+        pytest.importorskip("gcsfs")
+    emulator = pytest.importorskip("gcp_storage_emulator.server")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
+    server.start()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+        try:
+            upload(folder, fsspec.filesystem("gs", token="anon"), "bucket/corpus")
+            yield "gs://bucket/corpus"
+        finally:
+            server.stop()
+
+
+@pytest.fixture(scope="module")
 def http(folder):
     """The standard library's server, which knows no ranges."""
     pytest.importorskip("aiohttp")
@@ -106,7 +127,7 @@ def http(folder):
     server.server_close()
 
 
-@pytest.mark.parametrize("store", ["memory", "s3"])
+@pytest.mark.parametrize("store", ["memory", "s3", "gs"])
 def test_a_folder_of_a_store_is_like_a_local_one(folder, store, request):
     url = request.getfixturevalue(store)
     here, there = TextFiles([folder]), TextFiles([url])
@@ -182,7 +203,12 @@ def test_a_store_that_refuses(s3, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("url", "package", "extra"), [("s3://b/a.txt", "s3fs", "s3"), ("https://h/a.txt", "aiohttp", "http")]
+    ("url", "package", "extra"),
+    [
+        ("s3://b/a.txt", "s3fs", "s3"),
+        ("gs://b/a.txt", "gcsfs", "gcs"),
+        ("https://h/a.txt", "aiohttp", "http"),
+    ],
 )
 def test_without_the_package_of_a_store(url, package, extra):
     program = (
