@@ -118,6 +118,10 @@ class ModelConfig:
     """Dropout probability in the blocks (after attention and MLP); attention weights are never dropped."""
     rope_base: float = 10000.0
     """Base of the rotary position embedding."""
+    z_loss: float = 0.0
+    """In training each cross-entropy of a token gets this times log(sum of exp(logits))^2 more, with its weight, which
+    keeps the logits from drifting (PaLM, arXiv 2204.02311, with 1e-4). The training loss that is reported has it,
+    validation and bounds do not."""
     activation_checkpointing: str = "none"
     """`none`, or `block`: keep only the input of each block and recompute the rest in the backward pass."""
     compile: bool = False

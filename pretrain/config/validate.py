@@ -26,6 +26,9 @@ SHORTEST_ROW = {"wrap": 4, "stream": 2, "pairs": 4, "document": 3, "best_fit": 3
 """BOS + two tokens + EOS; one token to predict the next from; BOS and two EOS around one token; one token between BOS
 and EOS; two and EOS."""
 
+WITHOUT_CROSS_ENTROPY = ("duo", "gidd", "replaid", "t5")
+"""Objectives whose loss is made of logits in another way."""
+
 
 def validate(config: Config, *, world_size: int | None = None) -> None:
     """Raise ConfigError with all problems, if there are any."""
@@ -180,6 +183,7 @@ def _model(check: Check, model: ModelConfig) -> None:
     check.within("model.dropout", model.dropout, "[)", 0, 1)
     if not 1 < model.rope_base < math.inf:
         check.add(f"model.rope_base = {model.rope_base} must be above 1", change="the usual base is 10000")
+    check.at_least("model.z_loss", model.z_loss, 0)
     check.one_of("model.activation_checkpointing", model.activation_checkpointing, ("none", "block"))
 
 
@@ -191,6 +195,9 @@ def _objective(check: Check, config: Config) -> None:
         check.add("the objective's name does not fit its class", found, f"use {OBJECTIVES[objective.name].__name__}")
     if objective.name in OBJECTIVES and type(objective) is OBJECTIVES[objective.name]:
         CHECKS[objective.name](check, config)
+    if config.model.z_loss and objective.name in WITHOUT_CROSS_ENTROPY:
+        found = f"objective.name = {objective.name!r}, model.z_loss = {config.model.z_loss}"
+        check.add("model.z_loss is ignored: the loss is no cross-entropy of the head's logits", found, "model.z_loss=0")
 
 
 def _optimizer(check: Check, optimizer: OptimizerConfig, steps: int) -> None:

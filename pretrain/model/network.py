@@ -80,7 +80,7 @@ class Network(nn.Module):
     def token_logits(self, hidden_BLW: Tensor, linear: str) -> TokenLogits:
         """What the output layer of that name makes of hidden states, when it is asked."""
         layer = self.get_submodule(linear) if self.stage.holds_end else None
-        return TokenLogits(hidden_BLW, layer, self.vocabulary, self.stage)
+        return TokenLogits(hidden_BLW, layer, self.vocabulary, self.stage, self.config.z_loss)
 
     def hidden_shape(self, num_rows: int, length: int) -> tuple[int, ...]:
         """Shape of the hidden states between two blocks, of rows with that many tokens."""

@@ -33,11 +33,17 @@ class TokenLogits:
     blocks are in pieces, what is asked for outside of a schedule is on every process, and asked for by all."""
 
     def __init__(
-        self, hidden_BLW: Tensor, linear: nn.Module | None, vocabulary: Vocabulary, stage: Stage = ONE_PIECE
+        self,
+        hidden_BLW: Tensor,
+        linear: nn.Module | None,
+        vocabulary: Vocabulary,
+        stage: Stage = ONE_PIECE,
+        z_loss: float = 0.0,
     ) -> None:
         """`hidden` are this process's positions, of the dtype that products are to have. `linear` is an `OutputLinear`
         or a `ColumnLinear`; None where there is nothing left to do, or where another process of a pipeline has it."""
         self.hidden_BLW, self.linear, self.vocabulary, self.stage = hidden_BLW, linear, vocabulary, stage
+        self.z_loss = z_loss
 
     @staticmethod
     def known(logits_BLV: Tensor) -> TokenLogits:
@@ -54,9 +60,12 @@ class TokenLogits:
         self, targets_BL: Tensor, rows: Rows, weights_BL: Tensor | None = None, *, without: int | None = None
     ) -> TokenLoss:
         """-log p(target) in nats at `rows` of the B x L positions; token `without` has no probability. Weights, by
-        default 1, broadcast to [B, L]."""
+        default 1, broadcast to [B, L]. Where gradients are recorded, the total holds the z-loss too."""
         weights = targets_BL.new_ones((), dtype=torch.float32) if weights_BL is None else weights_BL
-        of_row = self.vocabulary.cross_entropy(targets_BL, weights.expand(targets_BL.shape), without=without)
+        z_loss = self.z_loss if torch.is_grad_enabled() else 0.0
+        of_row = self.vocabulary.cross_entropy(
+            targets_BL, weights.expand(targets_BL.shape), without=without, z_loss=z_loss
+        )
         return self.loss(of_row, rows, targets_BL.shape)
 
     def loss(self, row_loss: RowLoss, rows: Rows, shape: torch.Size) -> TokenLoss:

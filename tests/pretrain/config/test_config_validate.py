@@ -54,6 +54,7 @@ def the_problem(*overrides, **options):
         "model.dropout=-0.1",
         "model.rope_base=1",
         "model.activation_checkpointing=full",
+        "model.z_loss=-0.1",
         "objective.loss=elb",
         "objective.schedule_eps=1",
         "objective.schedule_eps=-0.1",
@@ -274,3 +275,9 @@ def test_a_stage_ends_before_the_run(recipe, field):
 
 def test_latents_of_one_dimension_are_none():
     assert "latent_dim = 1" in the_problem("objective.encoder.latent_dim=1", recipe="tiny_ccdd").what
+
+
+@pytest.mark.parametrize("recipe", ["tiny_duo", "tiny_gidd", "tiny_replaid"])
+def test_a_z_loss_that_nothing_would_come_of(recipe):
+    (problem,) = problems(load_config(recipe, ["data.path=somewhere", "model.z_loss=1e-4"]))
+    assert "model.z_loss is ignored" in problem.what

@@ -43,6 +43,27 @@ def reference(logits, targets, counts, weights, without):
     return (weights * nats * counts).sum(), nats * counts
 
 
+def test_the_z_loss_is_trained_and_not_reported():
+    """Squares of the logarithms of the normalisers, weighted as the losses are; not where nothing is trained."""
+    model, (tokens, times, weights) = network(), inputs()
+    counts, targets, parameters = weights < 0.6, (tokens + 1) % (V - 1), list(model.parameters())
+    logits = model(tokens, times).logits
+    plain, nats = reference(logits, targets, counts, weights, V - 1)
+    squares = logits[..., : V - 1].logsumexp(-1).square()
+    expected = plain + 0.1 * (weights * squares * counts).sum()
+    wanted = torch.autograd.grad(expected, parameters)
+    model.config = dataclasses.replace(MODEL, z_loss=0.1)
+    loss = model(tokens, times).tokens.cross_entropy(targets, Rows(counts), weights, without=V - 1)
+    found = torch.autograd.grad(loss.total, parameters)
+    assert float(loss.total.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+    torch.testing.assert_close(loss.values_BL.float(), nats.detach(), rtol=1e-6, atol=1e-6)
+    for (name, _), ours, theirs in zip(model.named_parameters(), found, wanted, strict=True):
+        assert (ours - theirs).abs().max() <= 2e-6 * theirs.abs().max(), name
+    with torch.no_grad():
+        loss = model(tokens, times).tokens.cross_entropy(targets, Rows(counts), weights, without=V - 1)
+    assert float(loss.total) == pytest.approx(float(plain.detach()), rel=1e-6)
+
+
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
 @pytest.mark.parametrize("asked_before", [False, True])
 def test_the_loss_is_that_of_all_logits(asked_before, precision, monkeypatch):
