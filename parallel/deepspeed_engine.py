@@ -25,10 +25,12 @@ whole already, and zeros from all ranks but the first.
 
 from __future__ import annotations
 
+import fcntl
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -125,7 +127,7 @@ def build_deepspeed_engine(
     name_groups(module, optimizer)
     mpu = join_deepspeed(mesh)
     if plan.offload == "nvme":
-        _check_writing()
+        compile_writing()
     num_elements = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())
     settings = deepspeed_settings(plan, num_elements, pinned=mesh.world.device.type == "cuda")
     ours = _Calculation(module)
@@ -135,15 +137,27 @@ def build_deepspeed_engine(
     return kinds[plan.zero](module, optimizer, mesh, _DeepSpeed(engine, ours, factor))
 
 
-def _check_writing() -> None:
-    from deepspeed.ops.op_builder import AsyncIOBuilder
+def compile_writing() -> None:
+    """What DeepSpeed writes to a disk with, compiled where it is not yet. Of the processes of a node one compiles, and
+    the others wait; one that was killed meanwhile leaves nothing behind that others would wait for.
 
-    if not AsyncIOBuilder().is_compatible(verbose=False):
+    Raises ConfigError where it cannot be compiled.
+    """
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+    from torch.utils.cpp_extension import _get_build_directory
+
+    builder = AsyncIOBuilder()
+    if not builder.is_compatible(verbose=False):
         raise ConfigError(
             "parallel.offload=nvme: DeepSpeed cannot compile what writes to the disk",
             found="libaio, its header, or a compiler is missing",
             change="apt-get install libaio-dev g++, and pip install ninja; or parallel.offload=cpu",
         )
+    folder = Path(_get_build_directory(builder.name, verbose=False))
+    with open(folder / "braid.lock", "w") as ours:
+        fcntl.flock(ours, fcntl.LOCK_EX)  # ends with the process; torch's own is a file that stays
+        (folder / "lock").unlink(missing_ok=True)
+        builder.load(verbose=False)
 
 
 class _Calculation(nn.Module):
@@ -378,6 +392,14 @@ class Zero3Engine(ZeroEngine):
         starts = range(0, total, size)
         spans = [Span(rank, first, start, min(size, total - start)) for rank, start in enumerate(starts)]
         return Place(self._name_of[id(parameter)], parameter.ds_shape, number, spans)
+
+    def present(self) -> Iterator[list[int]]:
+        if not any(map(self.zero._swappable_optimizer_subgroup, range(len(self.held)))):
+            yield from super().present()
+            return
+        for number in range(len(self.held)):
+            with self._present(number):
+                yield [number]
 
     @contextmanager
     def _present(self, number: int) -> Iterator[list[Place]]:

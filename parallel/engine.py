@@ -120,6 +120,11 @@ class Engine(ABC):
     def publish(self) -> None:
         """Make the module's weights those of `held`."""
 
+    def present(self) -> Iterator[list[int]]:
+        """Numbers of those of `held` that are in memory until the next ones are asked for: all at once, unless an
+        engine keeps them on a disk."""
+        yield list(range(len(self.held)))
+
     @contextmanager
     def writing(self) -> Iterator[list[Tensor]]:
         """`held`, to write there, which is allowed in this block only: after it the module's weights are those."""

@@ -274,13 +274,6 @@ def _parallel(check: Check, config: Config, world_size: int | None) -> None:
     if all(1 <= size < math.inf for size in sizes):
         for problem in check_plan(config.parallel, plan_facts(config), world_size):
             check.add(*problem)
-    if config.parallel.offload == "nvme" and training.ema_decay:
-        found = f"parallel.offload = 'nvme', training.ema_decay = {training.ema_decay}"
-        check.add(
-            "there is no average of weights that are on a disk: it would be read and written at every step",
-            found=found,
-            change="training.ema_decay=0, or parallel.offload=cpu",
-        )
 
 
 def _rest(check: Check, config: Config) -> None:

@@ -17,19 +17,20 @@ class EMA:
 
     def __init__(self, engine: Engine, decay: float) -> None:
         self.engine, self.decay = engine, decay
-        self.averages = [weight.detach().float().clone() for weight in engine.held]
+        self.averages = self._copies()
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """After optimizer step number `step` (from 1)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        weights = [weight.detach().float() for weight in self.engine.held]
-        torch._foreach_lerp_(self.averages, weights, 1 - decay)
+        for numbers in self.engine.present():
+            weights = [self.engine.held[number].detach().float() for number in numbers]
+            torch._foreach_lerp_([self.averages[number] for number in numbers], weights, 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Run the block with the averaged weights in the model; the trained ones are back afterwards, bit for bit."""
-        trained = [weight.detach().clone() for weight in self.engine.held]
+        trained = self._copies()
         try:
             self._hold(self.averages)
             yield
@@ -39,5 +40,11 @@ class EMA:
     @torch.no_grad()
     def _hold(self, values: Sequence[Tensor]) -> None:
         with self.engine.writing() as held:
-            for weight, value in zip(held, values, strict=True):
-                weight.copy_(value)
+            for numbers in self.engine.present():
+                for number in numbers:
+                    held[number].copy_(values[number])
+
+    def _copies(self) -> list[Tensor]:
+        """Of the weights; in memory, where the engine keeps them on a disk."""
+        held = self.engine.held
+        return [held[number].detach().float().clone() for numbers in self.engine.present() for number in numbers]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -80,21 +79,19 @@ def _train(
     optimizer: OptimizerConfig,
 ) -> Trained:
     objective, engine = start(name, mesh, plan, width, optimizer, precision)
-    on_disk = plan.offload == "nvme"
-    ema = EMA(engine, 0.0 if on_disk else 0.5)
+    ema = EMA(engine, 0.5)
     norms, moments = [], []
     for step in range(num_steps):
         norms.append(one_step(objective, engine, mesh, precision).item())
-        if not on_disk:
-            ema.update(step + 1)
+        ema.update(step + 1)
         moments.append(whole(engine.optimizer_state(), objective, mesh))
-    with contextlib.nullcontext() if on_disk else ema.applied():
+    with ema.applied():
         averaged = weights_seen(objective, engine, mesh)
     return Trained(
         norms,
         whole(engine.named(engine.held), objective, mesh),
         moments,
-        {} if on_disk else whole(engine.named(ema.averages), objective, mesh),
+        whole(engine.named(ema.averages), objective, mesh),
         averaged,
         weights_seen(objective, engine, mesh),
         [tensor.numel() for tensor in engine.held],

@@ -233,7 +233,7 @@ def test_state_on_a_disk(ranks, asynchronous_io, tmp_path, name):
         found, wanted = of_rank[name], expected(name, width=WIDE)
         assert found.norms == pytest.approx(wanted.norms, rel=1e-5)
         assert 0 in found.sizes, "nothing was put there"
-        for kind in ("weights", "seen"):
+        for kind in ("weights", "seen", "average", "averaged"):
             for key, value in getattr(wanted, kind).items():
                 assert (getattr(found, kind)[key] - value).abs().mean() < 2e-5, (kind, key)
     assert list(tmp_path.rglob("*.swp"))

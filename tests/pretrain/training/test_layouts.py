@@ -198,7 +198,7 @@ def test_zero_goes_on_bit_for_bit(trainers: Trainers, fields: dict) -> None:
 @pytest.mark.slow
 def test_a_run_with_its_state_on_a_disk_goes_on_bit_for_bit(trainers: Trainers, asynchronous_io, tmp_path: Path):
     options = {"training__log_every": 1, "training__validate_every": 5, "checkpoint__every": 5}
-    options |= {"optimizer__schedule": "constant", "training__ema_decay": 0, "recorded": True}
+    options |= {"optimizer__schedule": "constant", "recorded": True}
     options |= {"ranks": 2, "parallel__engine": "deepspeed", "parallel__zero": 3}
     # Only what is larger than a megabyte goes to a disk.
     options |= {"parallel__offload": "nvme", "parallel__offload_dir": tmp_path / "disk", "model__width": 256}
