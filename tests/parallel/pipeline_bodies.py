@@ -164,7 +164,8 @@ class Descent(torch.optim.AdamW):
     def step(self) -> None:
         for group in self.param_groups:
             for parameter in group["params"]:
-                parameter -= group["lr"] * parameter.grad
+                if parameter.grad is not None:
+                    parameter -= group["lr"] * parameter.grad
 
 
 NUM = 100

@@ -27,7 +27,6 @@ LAYOUTS = {
     "ZeRO-3, offloaded": (2, replace(ZERO_3, offload="cpu")),
     "ZeRO-3, tensor 2 with sequence": (4, replace(ZERO_3, tensor=2, sequence=True)),
     "Megatron, tensor 2 with sequence": (4, replace(MEGATRON, tensor=2, sequence=True)),
-    "Megatron, context 2": (2, replace(MEGATRON, context=2)),
     "Megatron, no overlap": (2, replace(MEGATRON, overlap=False)),
 }
 QUICK = ("ZeRO-2", "Megatron")
