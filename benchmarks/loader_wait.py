@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import torch
 
 from braid.data_pipeline.corpus import TokenCorpus
 from braid.data_pipeline.formats import FORMATS
@@ -69,7 +70,7 @@ def main() -> None:
     )
     if args.json:
         about = {"rate": args.rate, "format": args.format, "workers": args.workers, "tokens": args.tokens}
-        args.json.write_text(json.dumps({"machine": machine(), **about, **found}, indent=1) + "\n")
+        args.json.write_text(json.dumps({"machine": machine(torch.device("cpu")), **about, **found}, indent=1) + "\n")
 
 
 def read_epoch(corpus: Path, rate: float, workers: int) -> dict:

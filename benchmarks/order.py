@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from braid.data_pipeline.order import ShuffledOrder
 from braid.kernels.bench.measure import machine
@@ -67,7 +68,7 @@ def main() -> None:
         print(f"| {one['shards']:,} | {one['rows']:.1e} | {one['start_s']:.2f} s | {one['resume_in_epoch_10_s']:.2f} s "
               f"| {one['batch_us']:.0f} us | {one['memory_bytes'] / 1e6:.0f} MB |")  # fmt: skip
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine(), "sizes": found}, indent=1) + "\n")
+        args.json.write_text(json.dumps({"machine": machine(torch.device("cpu")), "sizes": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
