@@ -14,8 +14,10 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +27,8 @@ from braid.data_pipeline.mixture import MixedOrder, MixedRows, Stage
 from braid.data_pipeline.order import ShuffledOrder
 from braid.data_pipeline.packing import SINGLE, Packed, Rows
 from braid.kernels.errors import BraidError, CheckpointError, ConfigError, DataExhausted, TrainingFailed
+
+T = TypeVar("T")
 
 STATE_VERSION = 1
 LEFT_OUT, UNIQUE, REPEATED = range(3)
@@ -165,15 +169,24 @@ class Loader:
             packed = _read_in_workers(self.rows, requests(), self.workers)
         else:
             packed = map(self.rows.load, requests())
-        try:
+
+        def make_steps() -> Iterator[tuple[list[Batch], np.ndarray]]:
+            ordinals = self.consumed + np.arange(self._first, self._stop)
             while True:
-                ordinals = self.consumed + np.arange(self._first, self._stop)
                 parts = ordinals.reshape(num_micro_batches, -1)
-                step = [Batch.of_rows(self.rows, next(packed), part) for part in parts]
+                yield [Batch.of_rows(self.rows, next(packed), part) for part in parts], planned.popleft()
+                ordinals = ordinals + self.global_batch_size
+
+        made = make_steps()
+        steps = _one_ahead(made) if self.workers else made
+        try:
+            for step, counts in steps:
                 self.consumed += self.global_batch_size
-                self._counts = planned.popleft()
+                self._counts = counts
                 yield step
         finally:
+            steps.close()
+            made.close()
             for threads in ahead.values():
                 threads.close()
 
@@ -410,6 +423,17 @@ def _read_in_workers(rows: Rows, requests: Iterable[np.ndarray], workers: int) -
             yield result
     finally:
         del results  # which ends the workers: the frames of an error, this one included, may live long
+
+
+def _one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same, each made by a thread while the one before is in use: to take over what a worker has read is as much
+    work as reading it. The first is made at once, because it starts the workers, and threads and forks do not mix."""
+    item = next(items)
+    with ThreadPoolExecutor(1, thread_name_prefix="next-step") as thread:
+        while True:
+            coming = thread.submit(next, items)
+            yield item
+            item = coming.result()
 
 
 def _unchanged(batch: Packed) -> Packed:

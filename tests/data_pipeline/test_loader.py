@@ -9,6 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import islice
 
@@ -18,7 +19,7 @@ import torch
 from small_corpus import build, damage, texts
 
 from braid.data_pipeline.corpus import TokenCorpus
-from braid.data_pipeline.loader import Loader, validation_batches
+from braid.data_pipeline.loader import Batch, Loader, validation_batches
 from braid.data_pipeline.order import ShuffledOrder
 from braid.data_pipeline.packing import Rows
 from braid.kernels.errors import CheckpointError, ConfigError, DataExhausted, InputError, TrainingFailed
@@ -396,3 +397,27 @@ def test_validation_leaves_out_damaged_rows_and_keeps_ordinals(tmp_path):
     assert [int(i) for i in found] == [i for i in range(len(rows)) if i not in range(*entry["rows"])]
     with pytest.raises(InputError, match="shard.00001.mds"):
         list(validation_batches(open_rows(tmp_path), 10**9, 4, 0, 1))
+
+
+def test_the_next_step_is_made_beside_the_present_one(folder, monkeypatch):
+    """But not the first, which forks; and when the loader is left, so has the thread."""
+    made, real = [], Batch.of_rows
+    here = threading.get_ident()
+
+    def watched(*arguments) -> Batch:
+        made.append(threading.get_ident() == here)
+        return real(*arguments)
+
+    monkeypatch.setattr(Batch, "of_rows", watched)
+    one = loader(open_rows(folder), workers=1, micro=GLOBAL)
+    iterator = iter(one)
+    next(iterator)
+    deadline = time.monotonic() + 30
+    while len(made) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert made == [True, False] and one.consumed == GLOBAL
+    next(iterator)
+    assert one.consumed == 2 * GLOBAL
+    iterator.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("next-step")]
+    assert len(made) == 3 and not multiprocessing.active_children()
