@@ -25,20 +25,18 @@ whole already, and zeros from all ranks but the first.
 
 from __future__ import annotations
 
-import fcntl
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from braid.kernels.capabilities import require
-from braid.kernels.errors import ConfigError
 from braid.parallel.data_parallel import reduce_gradients
+from braid.parallel.deepspeed_disk import compile_writing
 from braid.parallel.divided_engine import COUNTER, Cut, DividedEngine, name_groups
 from braid.parallel.engine import Engine, NotFinite, Part, PlainEngine, Receivers, clip_gradients, gradient_norm
 from braid.parallel.layers import whole_shape
@@ -135,29 +133,6 @@ def build_deepspeed_engine(
     kinds = {0: WholeEngine, 1: ZeroEngine, 2: ZeroEngine, 3: Zero3Engine}
     factor = mesh.reduction.size if plan.zero == 3 else 1
     return kinds[plan.zero](module, optimizer, mesh, _DeepSpeed(engine, ours, factor))
-
-
-def compile_writing() -> None:
-    """What DeepSpeed writes to a disk with, compiled where it is not yet. Of the processes of a node one compiles, and
-    the others wait; one that was killed meanwhile leaves nothing behind that others would wait for.
-
-    Raises ConfigError where it cannot be compiled.
-    """
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-    from torch.utils.cpp_extension import _get_build_directory
-
-    builder = AsyncIOBuilder()
-    if not builder.is_compatible(verbose=False):
-        raise ConfigError(
-            "parallel.offload=nvme: DeepSpeed cannot compile what writes to the disk",
-            found="libaio, its header, or a compiler is missing",
-            change="apt-get install libaio-dev g++, and pip install ninja; or parallel.offload=cpu",
-        )
-    folder = Path(_get_build_directory(builder.name, verbose=False))
-    with open(folder / "braid.lock", "w") as ours:
-        fcntl.flock(ours, fcntl.LOCK_EX)  # ends with the process; torch's own is a file that stays
-        (folder / "lock").unlink(missing_ok=True)
-        builder.load(verbose=False)
 
 
 class _Calculation(nn.Module):

@@ -46,5 +46,5 @@ def asynchronous_io() -> None:
     if not builder.is_compatible(verbose=False):
         pytest.skip("libaio is not installed")
     Path(_get_build_directory(builder.name, verbose=False), "lock").touch()
-    code = "from braid.parallel.deepspeed_engine import compile_writing; compile_writing()"
+    code = "from braid.parallel.deepspeed_disk import compile_writing; compile_writing()"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"DS_ACCELERATOR": "cpu"}, timeout=600)
