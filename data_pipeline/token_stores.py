@@ -275,9 +275,8 @@ class LitdataStore:
             kind, _, code = layout.partition(":")
             packed = [str(config[key]) for key in ("compression", "encryption") if config.get(key)]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"{index} cannot be read", found=f"{type(error).__name__}: {error}", change=COPY
-            ) from error
+            found = f"{type(error).__name__}: {error}"
+            raise InputError(f"{index} is no index of litdata, or damaged", found=found, change=COPY) from error
         dtype = LITDATA_DTYPES.get(kind, {}).get(int(code) if code.isdecimal() else -1)
         if dtype is None or packed:
             found = f"data_format {layout}" + "".join(f", {how}" for how in packed)
@@ -292,12 +291,13 @@ class LitdataStore:
         for path in self.paths[:-1]:
             content = np.asarray(np.memmap(path, np.uint8, mode="r"))
             number = int.from_bytes(content[:4].tobytes(), "little")
-            ends = content[4 : 8 + 4 * number].view("<u4").astype(np.int64)
-            fits = len(ends) == number + 1 and ends[0] == 8 + 4 * number and ends[-1] == len(content)
-            if not fits or (np.diff(ends) < 0).any() or ((ends - ends[0]) % self._dtype.itemsize).any():
+            first = 8 + 4 * number
+            ends = content[4:first].view("<u4").astype(np.int64) if first <= len(content) else np.zeros(1, np.int64)
+            fits = ends[0] == first and ends[-1] == len(content) and (np.diff(ends) >= 0).all()
+            if not fits or ((ends - first) % self._dtype.itemsize).any():
                 raise InputError(f"{path} contradicts itself", change=COPY)
             for start, stop in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
-                yield np.frombuffer(content[start:stop].tobytes(), self._dtype), True
+                yield content[start:stop].view(self._dtype), True
 
 
 class DatasetStore:

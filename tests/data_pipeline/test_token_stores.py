@@ -181,8 +181,11 @@ def test_litdata_that_is_not_plain_ids(tmp_path, tokenizer, ids, config, found):
     assert found in caught.value.found
 
 
-def test_litdata_that_is_damaged(tmp_path, tokenizer, ids):
-    folder = write_litdata(tmp_path / "a", ids, np.int32, "no_header_tensor:16")
+@pytest.mark.parametrize(("dtype", "layout"), [(np.int32, "no_header_tensor:16"), (np.uint16, "no_header_tensor:20")])
+def test_litdata_that_is_damaged(tmp_path, tokenizer, ids, dtype, layout):
+    """Also where what is there does not divide by the four bytes of an end."""
+    small = [document[:3] for document in ids if len(document) >= 3][:33]  # 66 bytes of ids of two bytes in a chunk
+    folder = write_litdata(tmp_path / "a", small, dtype, layout)
     whole = (folder / "chunk-0-1.bin").read_bytes()
     (folder / "chunk-0-1.bin").write_bytes(whole[:-4])
     with pytest.raises(InputError, match="chunk-0-1.bin is cut off"):
