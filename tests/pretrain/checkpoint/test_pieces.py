@@ -173,6 +173,9 @@ def peak():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
 path, dim, start, stop = Path(sys.argv[1]), *map(int, sys.argv[2:])
 entry = Entry("F32", (32768, 4096), (Piece(path.name),))
+small = path.with_name("small.safetensors")
+with TensorFile(small) as file:  # what the first such read of a process loads is not what is measured
+    read_part(Entry("F32", (64, 4096), (Piece(small.name),)), "w", Part(dim, ((8, 16),)), lambda name: file)
 open("/proc/self/clear_refs", "w").write("5")
 before = peak()
 with TensorFile(path) as file:
@@ -187,7 +190,8 @@ def test_a_part_takes_no_memory_for_the_rest(tmp_path, dim, start, stop):
     """512 MiB, of which an eighth, or 8 of 4096 columns, is read in a process of its own."""
     full = torch.arange(32768.0)[:, None] + torch.arange(4096.0)
     save_file({"w": full}, tmp_path / "big.safetensors")
+    save_file({"w": full[:64].clone()}, tmp_path / "small.safetensors")
     words = [sys.executable, "-c", MEASURE, tmp_path / "big.safetensors", dim, start, stop]
     grown, size, total = subprocess.run([*map(str, words)], capture_output=True, text=True, check=True).stdout.split()
     assert float(total) == full.narrow(dim, start, stop - start).double().sum()
-    assert int(grown) < int(size) + 7 * tensor_files.CHUNK < full.nbytes / 4  # of these the libraries take some
+    assert int(grown) < int(size) + 5 * tensor_files.CHUNK < full.nbytes / 4
