@@ -5,14 +5,20 @@ Megatron-core 0.16 computes on any device, but its functions say `torch.cuda.cur
 alone: the constants of their functions are replaced, and what they call `torch` is torch with another `torch.cuda`.
 torch itself stays as it is, so nobody else sees a difference. Streams, CUDA graphs, fp16, fp8 and Megatron's own random
 numbers (dropout) are left alone and need CUDA.
+
+What Megatron hands to torch to be sent together goes one by one. Where torch gathers together over gloo (2.13 at least:
+`all_gather_into_tensor` inside its `_coalescing_manager`), memory is corrupted now and then, and the process dies a
+little later in some other place.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -61,30 +67,72 @@ def install() -> None:
             for function in _functions(module):
                 _move_to_cpu(function)
             module.torch = _TORCH
+            if hasattr(module, "_coalescing_manager"):
+                module._coalescing_manager = _one_by_one
+                module.dist_all_gather_func = _begun(torch.distributed.all_gather_into_tensor)
+                module.dist_reduce_scatter_func = _begun(torch.distributed.reduce_scatter_tensor)
 
 
-class _Torch(ModuleType):
-    """torch as those modules see it."""
+class _Seen(ModuleType):
+    """A module as those modules see it, with what is set here in place of its own."""
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-
-class _Cuda(ModuleType):
-    """torch.cuda as they see it: the current device is the CPU, where nothing has to be waited for."""
-
-    def current_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def synchronize(self) -> None:
-        pass
+    def __init__(self, module: ModuleType, **others: Any) -> None:
+        super().__init__(module.__name__)
+        self.module = module
+        vars(self).update(others)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(torch.cuda, name)
+        return getattr(self.module, name)
 
 
-_TORCH = _Torch("torch")
-_TORCH.cuda = _Cuda("torch.cuda")
+class _Handle:
+    """What was begun under `_one_by_one`."""
+
+    def __init__(self) -> None:
+        self.works: list[torch.distributed.Work] = []
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
+        self.works.clear()
+
+
+_open: list[_Handle] = []
+"""Of the managers that have been entered; the last one is told what is begun."""
+
+
+@contextmanager
+def _one_by_one(group: torch.distributed.ProcessGroup, async_ops: bool = False) -> Iterator[_Handle]:
+    """In place of torch's `_coalescing_manager`: see the docstring of the module. Each collective names its group."""
+    handle = _Handle()
+    _open.append(handle)
+    try:
+        yield handle
+    finally:
+        _open.pop()
+    if not async_ops:
+        handle.wait()
+
+
+def _begun(collective: Callable) -> Callable:
+    """A collective of torch's that tells the manager, where there is one, what it has begun."""
+
+    @functools.wraps(collective)
+    def begin(*args: Any, async_op: bool = False, **kwargs: Any) -> torch.distributed.Work | None:
+        work = collective(*args, async_op=async_op or bool(_open), **kwargs)
+        if _open and work is not None:  # None: this rank is not in the group
+            _open[-1].works.append(work)
+        return work
+
+    return begin
+
+
+_TORCH = _Seen(
+    torch,
+    # The current device is the CPU, where nothing has to be waited for.
+    cuda=_Seen(torch.cuda, current_device=lambda: torch.device("cpu"), synchronize=lambda: None),
+    distributed=_Seen(torch.distributed, all_reduce=_begun(torch.distributed.all_reduce)),
+)
 
 
 def _functions(module: ModuleType) -> Iterator[FunctionType]:

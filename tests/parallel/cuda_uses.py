@@ -1,4 +1,5 @@
-"""The words about CUDA in the modules below `megatron.core` 0.16.1 that Braid uses, and how often each stands there."""
+"""The words about CUDA, and of collectives sent together, in the modules below `megatron.core` 0.16.1 that Braid uses,
+and how often each stands there."""
 
 RECORDED = {
     "distributed.data_parallel_base": {},
@@ -12,6 +13,7 @@ RECORDED = {
     "distributed.finalize_model_grads": {},
     "distributed.param_and_grad_buffer": {
         "'cuda'": 1,
+        "_coalescing_manager": 3,
         "torch.cuda.current_device": 3,
         "torch.cuda.default_stream": 2,
         "torch.cuda.stream": 1,

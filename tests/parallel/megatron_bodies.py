@@ -15,6 +15,7 @@ from types import CodeType
 import megatron.core
 import pytest
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.enums import ModelType
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -252,6 +253,33 @@ def train_plainly(num_steps: int) -> tuple[list[float], dict]:
         norms.append(nn.utils.clip_grad_norm_(network.parameters(), CLIPPED_TO).item())
         optimizer.step()
     return norms, {name: parameter.detach() for name, parameter in network.named_parameters()}
+
+
+def send_together(world: World) -> None:
+    """Megatron's three collectives under its manager: right, waited for, and none of them through torch's manager."""
+    megatron_cpu.install()
+    module, group = sys.modules["megatron.core.distributed.param_and_grad_buffer"], dist.group.WORLD
+    own = torch.arange(3.0) + 10 * world.rank
+    for later in (False, True):
+        wholes, parts = [torch.zeros(6) for _ in range(4)], [torch.zeros(3) for _ in range(4)]
+        sums = [own.clone() for _ in range(4)]
+        with module._coalescing_manager(group, async_ops=later) as handle:
+            for whole, part, total in zip(wholes, parts, sums, strict=True):
+                module.dist_all_gather_func(whole, own, group=group, async_op=later)
+                module.dist_reduce_scatter_func(part, torch.cat([own, 2 * own]), group=group, async_op=later)
+                module.torch.distributed.all_reduce(total, group=group, async_op=later)
+            assert not dist.distributed_c10d._world.pg_coalesce_state
+            assert len(handle.works) == 12
+        if later:
+            handle.wait()
+        assert not handle.works
+        both = torch.arange(3.0), torch.arange(3.0) + 10
+        for whole, part, total in zip(wholes, parts, sums, strict=True):
+            assert torch.equal(whole, torch.cat(both))
+            assert torch.equal(part, (1 + world.rank) * sum(both)) and torch.equal(total, sum(both))
+    alone = own.clone()
+    assert module.torch.distributed.all_reduce(alone) is None, "without a manager it is torch's"
+    assert torch.equal(alone, sum(both))
 
 
 def install_and_look(world: World) -> None:

@@ -21,6 +21,7 @@ from megatron_bodies import (
     run_network,
     run_pipeline,
     run_sharded_network,
+    send_together,
     train_plainly,
     train_with_megatron,
     try_other_versions,
@@ -95,6 +96,10 @@ def test_optimizers_equal_plain_torch(ranks, distributed: bool, bf16: bool) -> N
         assert_close(weights, expected, rtol=2**-8 if bf16 else 0, atol=2e-3 if bf16 else 1e-6)
 
 
+def test_what_is_sent_together_goes_one_by_one(ranks) -> None:
+    ranks(send_together, 2)
+
+
 def test_nobody_else_notices(ranks) -> None:
     ranks(install_and_look, 1)
 
@@ -104,7 +109,8 @@ def test_other_versions_are_refused_and_cuda_is_left_alone(ranks) -> None:
 
 
 def cuda_uses(path: Path) -> dict[str, int]:
-    """How often each word about CUDA stands in a source file, comments and docstrings left out."""
+    """How often each word about CUDA, and torch's manager of what is sent together, stand in a source file, comments
+    and docstrings left out."""
     uses = Counter()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         match node:
@@ -118,6 +124,8 @@ def cuda_uses(path: Path) -> dict[str, int]:
                 uses[repr(word)] += 1
             case ast.ImportFrom(module=str(name)) if name.startswith("torch.cuda"):
                 uses[f"from {name}"] += 1
+            case ast.Call(func=ast.Name(id="_coalescing_manager" as name)):
+                uses[name] += 1
     return dict(uses)
 
 
