@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from braid.kernels.capabilities import require
 from braid.kernels.errors import ConfigError
+from braid.parallel.accumulation import autocast_dtype, fused_linear, fused_product, is_fused
 from braid.parallel.context import UNDIVIDED, Context
 from braid.parallel.data_parallel import reduce_gradients
 from braid.parallel.mesh import Axis
@@ -285,16 +286,22 @@ class ColumnLinear(nn.Module):
         divided, dtype = self.region.divided, autocast_dtype(x)
         if divided:
             x = x.transpose(0, 1)
-        output = megatron().linear_with_grad_accumulation_and_async_allreduce(
-            # Megatron's function takes [positions, others, features], or rows of features where it gathers nothing.
-            (x.flatten(1, -2) if divided else x.flatten(0, -2)).to(dtype).contiguous(),
-            self.weight.to(dtype),
-            None if self.bias is None else self.bias.to(dtype),
-            gradient_accumulation_fusion=False,
-            allreduce_dgrad=not divided,
-            sequence_parallel=divided,
-            tp_group=self.region.axis.group,
-        )
+        # Megatron's function takes [positions, others, features], or rows of features where it gathers nothing.
+        rows = (x.flatten(1, -2) if divided else x.flatten(0, -2)).to(dtype).contiguous()
+        bias = None if self.bias is None else self.bias.to(dtype)
+        if is_fused(self.weight):
+            group = self.region.axis.group
+            output = fused_linear(rows, self.weight, bias, allreduce=not divided, sequence=divided, group=group)
+        else:
+            output = megatron().linear_with_grad_accumulation_and_async_allreduce(
+                rows,
+                self.weight.to(dtype),
+                bias,
+                gradient_accumulation_fusion=False,
+                allreduce_dgrad=not divided,
+                sequence_parallel=divided,
+                tp_group=self.region.axis.group,
+            )
         if divided:
             return output.unflatten(1, x.shape[1:-1]).transpose(0, 1)
         return output.unflatten(0, x.shape[:-1])
@@ -310,7 +317,8 @@ class RowLinear(nn.Module):
         self.shards = _divide(self, whole, Shard(1, 1, region.axis.rank, region.size, whole.in_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.region.collect(F.linear(x, self.weight))
+        product = fused_product if is_fused(self.weight) else F.linear
+        x = self.region.collect(product(x, self.weight))
         return x if self.bias is None else x + self.bias.to(x.dtype)
 
 
@@ -389,9 +397,3 @@ def _divide(layer: nn.Module, whole: nn.Linear | nn.Embedding, shard: Shard) -> 
         bias, shards = shard.cut(bias), shards | {"bias": shard}
     layer.register_parameter("bias", None if bias is None else nn.Parameter(torch.empty_like(bias)))
     return shards
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype:
-    """What a linear layer computes x in."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from braid.kernels.capabilities import require
+from braid.parallel.accumulation import fuse_accumulation
 from braid.parallel.divided_engine import Cut, DividedEngine, name_groups
 from braid.parallel.engine import NotFinite, Part, Receivers, clip_gradients, gradient_norm
 from braid.parallel.layers import sum_partial_gradients
@@ -54,6 +55,7 @@ class MegatronEngine(DividedEngine):
         *,
         half: Collection[str] = (),
         overlap: bool = True,
+        fused: bool = False,
         bucket_size: int | None = None,
     ) -> None:
         """Collective.
@@ -63,10 +65,13 @@ class MegatronEngine(DividedEngine):
             optimizer: of the parameters that are trained; its groups stay, and hold this rank's parts of theirs.
             half: names of parameters that are to be bfloat16.
             overlap: reduce gradients beside the backward pass, and gather weights beside the next forward pass.
+            fused: let products add the gradients of weights to their sums (accumulation.py).
             bucket_size: elements that fill a bucket, where there is overlap; None: 40 million, or a million for each
                 rank.
         """
         self.module, self.optimizer, self.mesh, self.overlap = module, optimizer, mesh, overlap
+        if fused:
+            fuse_accumulation(module, mesh.world.device, half=bool(half))
         trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         self.names, self._parameters = list(trained), trained
         # Megatron makes its float32 weights out of the bfloat16 ones, which have lost what `held` is to have.

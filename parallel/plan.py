@@ -50,6 +50,9 @@ class ParallelConfig:
     pass by `megatron` (in a pipeline too) and by ZeRO 2 and 3; `plain` and ZeRO 0 and 1 reduce them when it has ended.
     Weights are gathered beside the forward pass by `megatron` and ZeRO 3. The interleaved schedule computes while it
     sends and receives; 1F1B has nothing to compute meanwhile."""
+    fused_accumulation: bool = False
+    """Under `megatron`: the products that make the gradients of the blocks' matrices add them to their float32 sums,
+    and do not write them out. In bf16 they are then not rounded before; on a GPU that needs apex's kernel."""
 
     @property
     def model_processes(self) -> int:

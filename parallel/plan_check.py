@@ -204,6 +204,13 @@ def _offload_dir(plan: ParallelConfig, facts: PlanFacts, world: int) -> Told:
     return None
 
 
+def _fused(plan: ParallelConfig, facts: PlanFacts, world: int) -> Told:
+    if not plan.fused_accumulation or plan.engine == "megatron":
+        return None
+    found = f"parallel.fused_accumulation = true, parallel.engine = {plan.engine!r}"
+    return "only engine = 'megatron' has sums that products can add gradients to", found
+
+
 LAYOUT, BATCH = ("tensor", "context", "pipeline"), ("global_batch_size", "micro_batch_size")
 RULES: dict[str, tuple[_Rule, ...]] = {
     "layout": (
@@ -225,6 +232,7 @@ RULES: dict[str, tuple[_Rule, ...]] = {
         _Rule(("engine", "zero"), _zero),
         _Rule(("offload", "zero", "engine"), _offload),
         _Rule(("offload", "offload_dir"), _offload_dir),
+        _Rule(("fused_accumulation", "engine"), _fused),
     ),
 }
 COUNTS, CHOICES = ("tensor", "context", "pipeline", "virtual"), {
@@ -354,8 +362,9 @@ def _options(group: str, plan: ParallelConfig, facts: PlanFacts, world: int) -> 
             return [{"context_by": value} for value in CONTEXT_BY]
         case "schedule":
             return _schedules(plan, facts, world)
-    names = ("engine", "zero", "offload", "offload_dir")
-    engines = itertools.product(ENGINES, STAGES, OFFLOADS, dict.fromkeys((plan.offload_dir, EXAMPLE_DIR, "")))
+    names = ("engine", "zero", "offload", "offload_dir", "fused_accumulation")
+    folders = dict.fromkeys((plan.offload_dir, EXAMPLE_DIR, ""))
+    engines = itertools.product(ENGINES, STAGES, OFFLOADS, folders, dict.fromkeys((plan.fused_accumulation, False)))
     return [dict(zip(names, values, strict=True)) for values in engines]
 
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from braid.kernels.norms import layer_norm
-from braid.parallel.layers import OutputLinear, autocast_dtype
+from braid.parallel.accumulation import autocast_dtype
+from braid.parallel.layers import OutputLinear
 
 SINUSOID_DIM = 256
 MAX_PERIOD = 10000.0

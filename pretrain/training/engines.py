@@ -35,7 +35,10 @@ def build_engine(config: Config, objective: Objective, mesh: Mesh) -> Engine:
         case "plain":
             built = PlainEngine(objective, optimizer, mesh)
         case "megatron":
-            built = MegatronEngine(objective, optimizer, mesh, half=half, overlap=config.parallel.overlap)
+            plan = config.parallel
+            built = MegatronEngine(
+                objective, optimizer, mesh, half=half, overlap=plan.overlap, fused=plan.fused_accumulation
+            )
         case "deepspeed":
             built = build_deepspeed_engine(objective, optimizer, mesh, config.parallel, half)
         case _:

@@ -66,7 +66,15 @@ def engine_around(
     if plan.engine == "plain":
         return PlainEngine(objective, optimizer, mesh)
     half = cast_by_autocast(objective) if precision == "bf16" else ()
-    return MegatronEngine(objective, optimizer, mesh, half=half, overlap=plan.overlap, bucket_size=bucket_size)
+    return MegatronEngine(
+        objective,
+        optimizer,
+        mesh,
+        half=half,
+        overlap=plan.overlap,
+        fused=plan.fused_accumulation,
+        bucket_size=bucket_size,
+    )
 
 
 def losses(objective: Objective, mesh: Mesh, precision: str) -> Iterator[tuple[Tensor, bool]]:

@@ -29,7 +29,10 @@ LAYOUTS = {
     "data 2": (2, {}),
     "data 2, no overlap": (2, {"overlap": False}),
     "tensor 2 with sequence, data 2": (4, {"tensor": 2, "sequence": True}),
+    "tensor 2 with sequence, fused": (2, {"tensor": 2, "sequence": True, "fused_accumulation": True}),
+    "data 2, fused": (2, {"fused_accumulation": True}),
 }
+SLOW_LAYOUT = "data 2, fused"
 QUICK = ["mdlm", "ccdd-moedit-1", "replaid", "elf", "di_ladd-learned"]
 OTHERS = [name for name in CASES if name not in QUICK]
 ROUNDED_ONCE_MORE = {"ccdd-moedit-1", "ccdd-moedit-2-of-3", "co_ladd-own-denoiser"}
@@ -43,7 +46,9 @@ def plainly(name: str, precision: str) -> Run:
 
 
 @NAMES
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=[pytest.mark.slow] * (name == SLOW_LAYOUT)) for name in LAYOUTS]
+)
 def test_trains_as_one_process(ranks, layout: str, names: list[str]) -> None:
     """Losses, norms, the first gradient, and after some clipped steps weights, moments and averages."""
     number, fields = LAYOUTS[layout]

@@ -127,6 +127,8 @@ CASES = {
     "nvme": (plan(engine="deepspeed", zero=3, offload="nvme"), facts(), 4, "local disk", "parallel.offload_dir = ''"),
     "nvme below 3": (plan(engine="deepspeed", zero=2, offload="nvme", offload_dir="/fast"), facts(), 4, "stage 3 alone",
                      "parallel.offload = 'nvme', parallel.zero = 2"),
+    "fused": (plan(engine="deepspeed", zero=1, fused_accumulation=True), facts(), 4, "only engine = 'megatron'",
+              "parallel.fused_accumulation = true, parallel.engine = 'deepspeed'"),
     "folder unused": (plan(offload_dir="/fast"), facts(), 4, "is ignored", "parallel.offload_dir = '/fast'"),
     "range": (plan(tensor=0), facts(), 4, "parallel.tensor = 0 must be at least 1", ""),
     "choice": (plan(engine="fsdp"), facts(), 4, "parallel.engine = 'fsdp' is not one of plain, deepspeed", ""),
@@ -248,6 +250,8 @@ def constructible(p: ParallelConfig, f: PlanFacts, num_processes: int) -> bool:
     engines |= {("deepspeed", 0, "none")} if f.precision == "fp32" else set()
     if p.pipeline > 1:
         engines = {engine for engine in engines if engine[1] < 2}
+    if p.fused_accumulation and p.engine != "megatron":
+        return False
     return (p.engine, p.zero, p.offload) in engines and bool(p.offload_dir) == (p.offload == "nvme")
 
 
@@ -264,6 +268,7 @@ PLANS = st.builds(
     zero=st.sampled_from([0, 0, 1, 2, 3]),
     offload=st.sampled_from(["none", "none", "cpu", "nvme"]),
     offload_dir=st.sampled_from(["", "", "/fast"]),
+    fused_accumulation=st.sampled_from([False, False, True]),
 )
 FACTS_OF_ANY_KIND = st.builds(
     PlanFacts,
