@@ -13,10 +13,10 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -33,7 +33,10 @@ T = TypeVar("T")
 STATE_VERSION = 1
 LEFT_OUT, UNIQUE, REPEATED = range(3)
 """What is counted of each source, over all ranks: rows left out, tokens of its first epoch, tokens of later ones."""
-PREFETCHED = 4  # micro-batches each worker reads ahead
+PREFETCHED = 4  # micro-batches each worker reads ahead, at least
+TOGETHER, MAX_TOKENS = 8, 1 << 18
+"""Micro-batches that a worker reads before it hands them over, if they have no more tokens than that: to hand over is
+as much work as to read some tens of rows."""
 
 
 @dataclass
@@ -166,7 +169,7 @@ class Loader:
                 yield from mine.reshape(num_micro_batches, -1)
 
         if self.workers:
-            packed = _read_in_workers(self.rows, requests(), self.workers)
+            packed = _read_in_workers(self.rows, requests(), self.micro_batch_size, self.workers)
         else:
             packed = map(self.rows.load, requests())
 
@@ -375,28 +378,34 @@ def validation_batches(
 
 
 class _RowReader(Dataset):
-    """Runs in a worker: indices -> rows. An error a user can act on travels as a value, for torch would hand it on as
-    the text of a traceback."""
+    """Runs in a worker: indices of some micro-batches -> their rows, to the first that cannot be read. An error a user
+    can act on travels as a value, for torch would hand it on as the text of a traceback."""
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
 
-    def __getitem__(self, indices: np.ndarray) -> Packed | BraidError:
-        try:
-            return self.rows.load(indices)
-        except BraidError as error:
-            return error
+    def __getitem__(self, requests: list[np.ndarray]) -> list[Packed | BraidError]:
+        results: list[Packed | BraidError] = []
+        for indices in requests:
+            try:
+                results.append(self.rows.load(indices))
+            except BraidError as error:
+                return [*results, error]
+        return results
 
 
-def _read_in_workers(rows: Rows, requests: Iterable[np.ndarray], workers: int) -> Iterator[Packed]:
+def _read_in_workers(
+    rows: Rows, requests: Iterator[np.ndarray], micro_batch_size: int, workers: int
+) -> Iterator[Packed]:
     """`map(rows.load, requests)`, read ahead by processes."""
+    together = max(1, min(TOGETHER, MAX_TOKENS // (micro_batch_size * rows.sequence_length)))
     loader = DataLoader(
         _RowReader(rows),
         batch_size=None,
-        sampler=requests,
+        sampler=iter(lambda: list(islice(requests, together)), []),
         collate_fn=_unchanged,
         num_workers=workers,
-        prefetch_factor=PREFETCHED,
+        prefetch_factor=max(2, PREFETCHED // together),
         worker_init_fn=_live_as_long_as_the_trainer,
         generator=torch.Generator(),
     )  # else it would draw a number from the global one
@@ -409,18 +418,20 @@ def _read_in_workers(rows: Rows, requests: Iterable[np.ndarray], workers: int) -
     try:
         while True:
             try:
-                result = next(results)
+                found = next(results)
             except RuntimeError as error:
-                result = TrainingFailed(
+                died = TrainingFailed(
                     "a data worker died",
                     found=str(error),
                     change="look for the kernel's out-of-memory killer; data.workers=0 reads without workers",
                 )
+                found = [died]
             except BraidError as error:  # from planning the requests
-                result = error.with_traceback(None)
-            if isinstance(result, BraidError):
-                raise result
-            yield result
+                found = [error.with_traceback(None)]
+            for result in found:
+                if isinstance(result, BraidError):
+                    raise result
+                yield result
     finally:
         del results  # which ends the workers: the frames of an error, this one included, may live long
 
@@ -436,8 +447,8 @@ def _one_ahead(items: Iterator[T]) -> Iterator[T]:
             item = coming.result()
 
 
-def _unchanged(batch: Packed) -> Packed:
-    return batch
+def _unchanged(results: list) -> list:
+    return results
 
 
 def _live_as_long_as_the_trainer(worker: int) -> None:
