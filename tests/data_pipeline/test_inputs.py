@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import xxhash
+from hub_server import hub_of
 from refused import error
 
 from braid.data_pipeline import inputs
@@ -112,6 +113,13 @@ def gs(folder):
 
 
 @pytest.fixture(scope="module")
+def hf(folder):
+    """A server that speaks as the Hugging Face hub does."""
+    with hub_of(folder) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
 def http(folder):
     """The standard library's server, which knows no ranges."""
     pytest.importorskip("aiohttp")
@@ -127,7 +135,7 @@ def http(folder):
     server.server_close()
 
 
-@pytest.mark.parametrize("store", ["memory", "s3", "gs"])
+@pytest.mark.parametrize("store", ["memory", "s3", "gs", "hf"])
 def test_a_folder_of_a_store_is_like_a_local_one(folder, store, request):
     url = request.getfixturevalue(store)
     here, there = TextFiles([folder]), TextFiles([url])
@@ -142,7 +150,7 @@ def test_a_folder_of_a_store_is_like_a_local_one(folder, store, request):
     assert there.describe()[3] == {"name": "b/2.txt", "bytes": len(content), "xxh3": xxhash.xxh3_64_hexdigest(content)}
 
 
-@pytest.mark.parametrize("store", ["memory", "s3"])
+@pytest.mark.parametrize("store", ["memory", "s3", "hf"])
 def test_patterns_files_and_folders_together_each_once(folder, store, request):
     url = request.getfixturevalue(store)
     here, there = ([f"{root}/{name}" for name in ("b/*.txt", "a.jsonl", "b")] for root in (folder, url))
@@ -173,7 +181,9 @@ def test_a_corpus_is_the_same_wherever_its_texts_lie(folder, s3, tmp_path):
     assert tree(tmp_path / "here") == tree(tmp_path / "there")
 
 
-def test_what_is_not_there(s3, http, memory):
+def test_what_is_not_there(s3, http, memory, hf):
+    assert "does not exist" in error(f"{hf}/no.txt")
+    assert "does not exist" in error("hf://datasets/nobody/nothing/no.txt")
     assert "does not exist" in error(f"{s3}/no.txt")
     assert "does not exist" in error("s3://nowhere/no.txt")
     assert "matches no file" in error(f"{s3}/*.zip")

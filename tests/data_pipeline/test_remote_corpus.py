@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hub_server import hub_of
 from small_corpus import build, texts
 from stores import FaultyServer, S3Server, environment
 
@@ -21,7 +22,7 @@ from braid.data_pipeline.order import ShuffledOrder
 from braid.data_pipeline.packing import Rows
 from braid.data_pipeline.prepare import prepare
 from braid.data_pipeline.remote import Fetching
-from braid.kernels.errors import ConfigError, StoreFailed
+from braid.kernels.errors import ConfigError, InputError, StoreFailed
 
 FORMATS = ("mds", "wds")
 GLOBAL, LENGTH, WINDOW = 16, 32, 2
@@ -79,6 +80,18 @@ def test_batches_and_state_are_those_of_the_folder_and_either_continues_the_othe
     in_folder = {path.name for path in (folder / format / "train").iterdir()}
     in_cache = {path.name for path in (corpus.folder / "train").iterdir() if path.suffix not in (".lock", ".tmp")}
     assert in_cache == in_folder
+
+
+def test_a_corpus_on_the_hub(store, tmp_path):
+    folder, _ = store
+    here = loader(folder / "mds", tmp_path)
+    with hub_of(folder) as url:
+        there = loader(f"{url}/mds", tmp_path / "cache", workers=1)
+        num_steps = len(here.rows) // GLOBAL + 1
+        np.testing.assert_array_equal(batches([there], num_steps), batches([here], num_steps))
+        with pytest.raises(InputError, match="the store has no such object"):
+            loader(f"{url}/flat", tmp_path / "cache")
+    assert there.state_dict() == here.state_dict()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
