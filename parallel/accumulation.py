@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Collection
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -26,24 +27,28 @@ KERNEL = "fused_weight_gradient_mlp_cuda"
 """apex's extension: its module, and what Megatron-core calls it."""
 
 
-def fuse_accumulation(module: nn.Module, device: torch.device, *, half: bool) -> None:
+def fuse_accumulation(module: nn.Module, device: torch.device, half: Collection[str]) -> None:
     """Let the weights of the blocks' linear layers add their gradients themselves. Called once, before Megatron's
     DistributedDataParallel takes the parameters.
 
     Args:
-        half: whether these weights will be bfloat16.
+        half: names of the parameters that will be bfloat16. Where there are any, only these: autocast may cast others,
+            and the gradient of a cast does not come to the weight itself.
 
     Raises:
         BraidError: on a GPU in bf16 without apex's kernel.
     """
-    _provide_kernel(device, half=half)
+    _provide_kernel(device, half=bool(half))
+    names = {parameter: name for name, parameter in module.named_parameters() if parameter.requires_grad}
     for network in list(module.modules()):
         for owner in [each for block in getattr(network, "blocks", ()) for each in block.modules()]:
             for name in getattr(owner, "divided", {}):
                 layer = owner.get_submodule(name)
+                if layer.weight not in names or (half and names[layer.weight] not in half):
+                    continue
                 if type(layer) is nn.Linear:
                     owner.set_submodule(name, FusedLinear(layer))
-                layer.weight.fused = layer.weight.requires_grad
+                layer.weight.fused = True
 
 
 def is_fused(weight: Tensor) -> bool:
@@ -68,7 +73,7 @@ class FusedLinear(nn.Module):
 
 @torch.compiler.disable
 def fused_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight^T of a weight that may be fused, in the dtype that a linear layer would compute it in."""
+    """x @ weight^T of a fused weight, in the dtype that a linear layer would compute it in."""
     rows = x.flatten(0, -2).to(autocast_dtype(x)).contiguous()
     return fused_linear(rows, weight).unflatten(0, x.shape[:-1])
 
@@ -91,7 +96,7 @@ def fused_linear(
     """
     # A weight that is cast is another tensor, and its gradient would come by another way: that of this use only.
     assert weight.dtype == x.dtype, f"a weight in {weight.dtype} is used in {x.dtype}"
-    return _fused_function().apply(x, weight, bias, is_fused(weight), allreduce, sequence, None, None, group)
+    return _fused_function().apply(x, weight, bias, True, allreduce, sequence, None, None, group)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
@@ -134,7 +139,7 @@ def _fused_function() -> type[Function]:
 
 def _provide_kernel(device: torch.device, *, half: bool) -> None:
     """Give Megatron's function the product that it asks for, where apex's is not there."""
-    if hasattr(_layers(), KERNEL):
+    if isinstance(getattr(_layers(), KERNEL, None), ModuleType):  # and not what stands in for it
         return
     if half and device.type == "cuda":
         raise BraidError(

@@ -71,7 +71,7 @@ class MegatronEngine(DividedEngine):
         """
         self.module, self.optimizer, self.mesh, self.overlap = module, optimizer, mesh, overlap
         if fused:
-            fuse_accumulation(module, mesh.world.device, half=bool(half))
+            fuse_accumulation(module, mesh.world.device, half)
         trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         self.names, self._parameters = list(trained), trained
         # Megatron makes its float32 weights out of the bfloat16 ones, which have lost what `held` is to have.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from accumulation_bodies import fuse, train_in_bf16
 
 from braid.kernels.errors import BraidError
-from braid.parallel.accumulation import add_product, fuse_accumulation
+from braid.parallel.accumulation import FusedLinear, add_product, fuse_accumulation, is_fused
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -37,7 +39,28 @@ def test_sums_of_bf16_are_nearer_to_the_exact_ones(ranks) -> None:
     assert 0 < fused < rounded / 20
 
 
+@pytest.mark.parametrize("half", [["blocks.0.matrix.weight"], []])
+def test_only_weights_that_are_trained_and_not_cast(half: list[str]) -> None:
+    """In bf16 a weight that stays float32 is cast by autocast, and a frozen one has no sum."""
+
+    class Owner(torch.nn.Module):
+        divided: ClassVar = {"matrix": None, "float32": None, "frozen": None}
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix, self.float32, self.frozen = (torch.nn.Linear(2, 2) for _ in range(3))
+            self.frozen.requires_grad_(False)
+
+    module = torch.nn.Module()
+    module.blocks = torch.nn.ModuleList([Owner()])
+    fuse_accumulation(module, torch.device("cpu"), half)
+    fused = {name for name, parameter in module.named_parameters() if is_fused(parameter)}
+    assert fused == ({"blocks.0.matrix.weight"} if half else {"blocks.0.matrix.weight", "blocks.0.float32.weight"})
+    replaced = {f"{name}.weight" for name, layer in module.named_modules() if isinstance(layer, FusedLinear)}
+    assert replaced == fused
+
+
 def test_bf16_on_a_gpu_without_apexs_kernel_is_refused() -> None:
     with pytest.raises(BraidError) as caught:
-        fuse_accumulation(torch.nn.Linear(2, 2), torch.device("cuda"), half=True)
+        fuse_accumulation(torch.nn.Linear(2, 2), torch.device("cuda"), ["weight"])
     assert "fused_weight_gradient_mlp_cuda" in caught.value.found and "=false" in caught.value.change
