@@ -14,19 +14,25 @@ BOUND_TIME_MIN = 1e-5
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
-def training_strata(key: int, first_ordinal: int, global_batch_size: int, ordinals: Tensor) -> tuple[Tensor, Tensor]:
+def training_strata(
+    key: int, first_ordinal: int, global_batch_size: int, ordinals: Tensor, groups: int = 1
+) -> tuple[Tensor, Tensor]:
     """Low-discrepancy u = (index + shift) / N in [0, 1) for the samples `ordinals` [B] of the global batch of N that
     begins at `first_ordinal`.
 
     One shift is shared by the global batch (unbiased, and the strata cover [0, 1) evenly), and the indices are a
     permutation of 0..N-1 drawn anew for each batch, so that every rank and micro-batch sees the whole range of times.
+    Of several `groups`, the samples whose places in the batch agree modulo their number, each has every so many'th
+    index, and so an even grid of its own.
     Returns index int64 [B] and shift float64 [B], on the device of `ordinals`.
     """
     position = ordinals - first_ordinal
     assert 0 <= int(position.min()) and int(position.max()) < global_batch_size, "ordinals outside this global batch"
-    index = random.permutation(key, "strata", first_ordinal, n=global_batch_size).to(ordinals.device)
+    index = random.permutation(key, "strata", first_ordinal, n=global_batch_size)
+    for group in range(groups if groups > 1 else 0):
+        index[group::groups] = group + groups * index[group::groups].argsort().argsort()
     shift = random.coins(key, ordinals.new_tensor([first_ordinal]), which=SHIFT_COIN)
-    return index[position], shift.expand(len(ordinals))
+    return index.to(ordinals.device)[position], shift.expand(len(ordinals))
 
 
 def second_strata(index: Tensor, shift: Tensor) -> Tensor:

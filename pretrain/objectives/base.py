@@ -60,9 +60,10 @@ class Noise:
     """Where the global batch begins (training)."""
 
     @staticmethod
-    def training(key: int, first_ordinal: int, global_batch_size: int, ordinals: Tensor) -> Noise:
-        """Noise of the samples `ordinals` of the global batch that begins at `first_ordinal`."""
-        index, shift = training_strata(key, first_ordinal, global_batch_size, ordinals)
+    def training(key: int, first_ordinal: int, global_batch_size: int, ordinals: Tensor, time_groups: int = 1) -> Noise:
+        """Noise of the samples `ordinals` of the global batch that begins at `first_ordinal`; `time_groups` is the
+        objective's."""
+        index, shift = training_strata(key, first_ordinal, global_batch_size, ordinals, time_groups)
         return Noise(key, ordinals, index, shift, global_batch_size, first_ordinal=first_ordinal)
 
     @staticmethod
@@ -274,6 +275,8 @@ class Objective(nn.Module):
     """Forward passes without gradient that a training step makes beside the main one, per sequence."""
     token_share = 1.0
     """Share of the positions whose logits a training step computes, expected."""
+    time_groups = 1
+    """Sequences whose places in the global batch agree modulo this number have an even grid of times of their own."""
     whole_logits = False
     """All logits of a micro-batch exist together in training."""
     follows_row_losses = False

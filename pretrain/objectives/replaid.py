@@ -114,6 +114,7 @@ class RePlaid(Objective):
         self.split = BatchSplit()
         network.embedding.requires_grad_(not config.fixed_embeddings)
         self.extra_forward_passes = 1 / SELF_CONDITIONED_EVERY if config.self_conditioning else 0.0
+        self.time_groups = SELF_CONDITIONED_EVERY if config.self_conditioning else 1
 
     # -- training ----------------------------------------------------------------------------------------------
 
@@ -129,9 +130,8 @@ class RePlaid(Objective):
         """Which rows are self-conditioned, bool [B], and those of the first pass, int64 [K].
 
         Every fourth sequence of the global order, from a start that is drawn for each step. A micro-batch holds
-        consecutive sequences, so one in four of it, rounded up, has room for all of them.
-        They and the others share one even grid of times. Each group has a random part of it, not a grid of its own, for
-        a row's place on it is drawn apart from its number: unbiased, at more variance than two grids would have.
+        consecutive sequences, so one in four of it, rounded up, has room for all of them. Their times are every fourth
+        of the batch's (`time_groups`): an even grid, and what is left for the others is even too.
         """
         if not self.config.self_conditioning:
             return torch.zeros_like(noise.ordinals, dtype=torch.bool), noise.ordinals[:0]

@@ -178,7 +178,9 @@ class Trainer:
         config = self.config.training
         first_ordinal = self.loader.consumed - config.global_batch_size
         noises = [
-            Noise.training(self.noise_key, first_ordinal, config.global_batch_size, batch.ordinals)
+            Noise.training(
+                self.noise_key, first_ordinal, config.global_batch_size, batch.ordinals, self.objective.time_groups
+            )
             for batch in micro_batches
         ]
         pieces = [

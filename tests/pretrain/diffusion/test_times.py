@@ -31,6 +31,27 @@ def test_each_stratum_of_the_global_batch_is_hit_once():
     assert torch.equal((strata * 64).floor().sort().values, torch.arange(64.0, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("size", [64, 30, 3])
+def test_groups_have_every_fourth_stratum(size):
+    """So a group's times are an even grid; all together they are still a permutation, drawn anew for each batch."""
+    ordinals = torch.arange(640, 640 + size)
+    places = {}
+    for first in (640, 704, 768):
+        index, shift = training_strata(KEY, first, size, ordinals - 640 + first, groups=4)
+        assert torch.equal(index.sort().values, torch.arange(size)) and len(shift.unique()) == 1
+        assert torch.equal(index % 4, torch.arange(size) % 4)
+        places[first] = index.tolist()
+        part, _ = training_strata(KEY, first, size, ordinals[1:3] - 640 + first, groups=4)
+        assert torch.equal(part, index[1:3])
+    assert size == 3 or len(set(map(tuple, places.values()))) == 3
+
+
+def test_the_place_within_a_group_is_uniform():
+    found = [training_strata(KEY, k * 20, 20, torch.tensor([k * 20 + 6]), groups=4)[0] for k in range(2000)]
+    counts = torch.cat(found).bincount(minlength=20)
+    assert counts[2::4].sum() == 2000 and (counts[2::4] - 400).abs().max() < 5 * math.sqrt(2000 * 0.2 * 0.8)
+
+
 def test_a_rank_and_micro_batch_sees_its_part_of_the_same_times():
     whole = strata_of(640, 64, torch.arange(640, 704))
     part = strata_of(640, 64, torch.arange(656, 664))

@@ -8,6 +8,7 @@ import torch
 from braid.data_pipeline.loader import Batch
 from braid.pretrain.config.schema import ModelConfig, OptimizerConfig
 from braid.pretrain.objectives import replaid as module
+from braid.pretrain.objectives.base import Noise
 from braid.pretrain.training.optimizer import build_optimizer
 
 from .conftest import LENGTH, MASK, VOCAB, batch_and_noise
@@ -124,6 +125,22 @@ def test_a_quarter_is_self_conditioned_and_every_sequence_has_its_turn():
         assert len(rows) == 16 and set(rows.tolist()) == set(chosen.nonzero()[:, 0].tolist())
         ever |= chosen
     assert shares == [0.25] * 40 and ever.all()
+
+
+@pytest.mark.parametrize("num", [1, 6, 32])
+def test_both_kinds_of_sequences_have_an_even_grid_of_times(num):
+    """Of the sequences that diffuse, every fourth stratum is the self-conditioned ones'."""
+    objective = with_split(build_replaid(), num, 64)
+    batch, _ = batch_and_noise(64)
+    noise = Noise.training(7, 0, 64, batch.ordinals, objective.time_groups)
+    for step in range(4):
+        objective.begin_step(step, 100)
+        corrupted = objective.corrupt(batch, noise)
+        chosen, diffuses = corrupted.self_conditioned, corrupted.times > 0
+        for some, gaps in ((chosen, {4}), (~chosen, {1, 2})):
+            strata = (corrupted.times[some & diffuses] * (64 - num)).floor().long().sort().values
+            assert set(strata.diff().tolist()) == gaps
+    assert objective.time_groups == 4 and build_replaid(self_conditioning=False).time_groups == 1
 
 
 def test_without_self_conditioning_there_is_one_call_and_no_constant_row():

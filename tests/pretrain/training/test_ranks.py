@@ -135,8 +135,10 @@ def test_the_gradient_is_that_of_the_sum_over_the_count(trainers: Trainers, tmp_
     [batch] = next(iter(trainer.loader))
 
     def loss_of(batch):
-        corrupted = trainer.objective.corrupt(batch, Noise.training(trainer.noise_key, 0, 8, batch.ordinals))
-        return trainer.objective.loss(trainer.objective.predict(corrupted), corrupted)
+        objective = trainer.objective
+        noise = Noise.training(trainer.noise_key, 0, 8, batch.ordinals, objective.time_groups)
+        corrupted = objective.corrupt(batch, noise)
+        return objective.loss(objective.predict(corrupted), corrupted)
 
     def gradient_of(loss) -> dict[str, torch.Tensor]:
         trainer.objective.zero_grad(set_to_none=True)
