@@ -11,8 +11,8 @@ of the files alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Collection, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -29,6 +29,8 @@ BESIDE_TABLES = ("state.json", "dataset_info.json", "dataset_dict.json")
 PIECE_BYTES = 1 << 20
 """A longer document comes in pieces of about this many bytes, cut at line ends, so that a file of any length can be
 read, and one file tokenised by several processes."""
+NAMES_SHOWN, LONGEST_NAME = 12, 40
+"""How many names of fields an error shows, and how much of each."""
 
 
 class Piece(NamedTuple):
@@ -189,11 +191,11 @@ class TextFiles:
         self._check_fields("field", value, where)
         return value
 
-    def _check_fields(self, kind: str, present: Iterable[str], where: str) -> None:
+    def _check_fields(self, kind: str, present: Collection[str], where: str) -> None:
         for what, field in self._fields.items():
             if field not in present:
                 change = f"name the {kind} that holds the {what}: --{what}-field {kind.upper()}"
-                found = f"{kind}s: {', '.join(present) or 'none'}"
+                found = f"{kind}s: {_some(present) or 'none'}"
                 raise InputError(f"{where}: there is no {kind} `{field}`", found=found, change=change)
 
     def _table(self, source: InputFile, file: BinaryIO) -> Iterator[tuple[int, int, bytes, bool]]:
@@ -220,6 +222,12 @@ def documents(
         if piece.last:
             yield piece.document, "".join(parts)
             parts = []
+
+
+def _some(names: Collection[str]) -> str:
+    """A few names as they are and how many more there are: a table of a vocabulary has one for each token."""
+    shown = [name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..." for name in islice(names, NAMES_SHOWN)]
+    return ", ".join(shown) + (f" and {len(names) - NAMES_SHOWN:,} more" if len(names) > NAMES_SHOWN else "")
 
 
 def _encoded(text: object, what: str, field: str, where: str) -> bytes:

@@ -65,6 +65,8 @@ def test_what_a_record_must_be(tmp_path):
         return str(caught.value)
 
     assert "record 2: there is no field `text`" in message(b'[{"text": "x"}, {"body": "y"}]')
+    many = message(json.dumps([{"x" * 90: 0} | {str(number): 0 for number in range(20_000)}]).encode())
+    assert f"fields: {'x' * 40}..., 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 19,989 more" in many and len(many) < 400
     assert "record 1: not a JSON object" in message(b'["text"]')
     assert "record 1: half of a surrogate pair" in message(rb'[{"text": "half \ud83d"}]')
     assert "after record 0: not UTF-8" in message(b'[{"text": "x"}, {"text": "\xe9"}]')
