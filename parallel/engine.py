@@ -171,7 +171,7 @@ class Engine(ABC):
 class PlainEngine(Engine):
     """Every process holds all of its parameters, and torch's optimizer updates them.
 
-    torch's fused optimizers can leave out an update when a number on the device says so. With one of those the host
+    torch's fused optimizers and Muon can leave out an update when a number on the device says so. With these the host
     does not wait for the gradient norm: the number, once set, stays, so that no later step updates anything either, and
     is looked at when the next step is due, by which time it has long arrived.
     """
@@ -179,7 +179,7 @@ class PlainEngine(Engine):
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh) -> None:
         self.optimizer, self.mesh = optimizer, mesh
         self.module = module
-        if all(group.get("fused") for group in optimizer.param_groups):
+        if all(group.get("fused") for group in optimizer.param_groups) or hasattr(optimizer, "found_inf"):
             self.flag = Flag(next(module.parameters()).device)
             optimizer.grad_scale, optimizer.found_inf = None, self.flag.value
         trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}

@@ -57,9 +57,11 @@ def orthogonalised(matrices: Tensor, eps: float = 1e-8) -> Tensor:
     return x.mT if is_tall else x
 
 
-def nesterov(moment: Tensor, gradient: Tensor, beta: float, step: int) -> Tensor:
-    """The look-ahead average beta m_t / (1 - beta^(t+1)) + (1 - beta) g_t / (1 - beta^t) after step t = `step`."""
-    return moment * (beta / (1 - beta ** (step + 1))) + gradient * ((1 - beta) / (1 - beta**step))
+def nesterov(moment: Tensor, gradient: Tensor, beta: float, step: Tensor) -> Tensor:
+    """The look-ahead average beta m_t / (1 - beta^(t+1)) + (1 - beta) g_t / (1 - beta^t) after step t = `step`, a
+    scalar."""
+    ahead, now = ((1 - beta ** (step.double() + more)) for more in (1, 0))
+    return moment * (beta / ahead).float() + gradient * ((1 - beta) / now).float()
 
 
 class Muon(torch.optim.Optimizer):
@@ -75,7 +77,9 @@ class Muon(torch.optim.Optimizer):
 
     Weight decay is decoupled. A parameter without a gradient has the gradient zero: its moments decay and it goes on
     moving, whatever branch of the objective a step took; where none has one, a step does nothing. State: `step`
-    (float32, on the CPU), and `momentum`, or `exp_avg` and `exp_avg_sq`.
+    (float32), and `momentum`, or `exp_avg` and `exp_avg_sq`. Where `found_inf` is set (as of torch's fused optimizers:
+    a scalar on the device of the parameters), a step that finds it above 0 does nothing either, and the host does not
+    wait to know; the counters are on that device then, otherwise on the CPU.
 
     Orthogonalising mixes all entries of a matrix. Where a matrix is divided among the ranks of the axis `tensor`, its
     u_t is gathered, orthogonalised whole and cut again: parts orthogonalised one by one would give another update. So
@@ -94,6 +98,7 @@ class Muon(torch.optim.Optimizer):
         tensor: Axis | None = None,
     ) -> None:
         self.tensor = tensor
+        self.found_inf: Tensor | None = None
         self.change_whole: ChangeWhole | None = None
         """`change_whole` of a DividedEngine whose groups these are; None: parameters are whole."""
         super().__init__(
@@ -110,11 +115,21 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             updates = self._adam_updates(group) if group["kind"] == "other" else self._matrix_updates(group)
             for parameter, update in updates:
-                parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+                decayed = parameter * (1 - group["lr"] * group["weight_decay"])
+                self._replace(parameter, decayed.add_(update, alpha=-group["lr"]))
 
     def _adam_updates(self, group: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
         for parameter in group["params"]:
-            yield parameter, _adam_update(self.state[parameter], _gradient(parameter), group)
+            yield parameter, self._adam_update(parameter, group)
+
+    def _adam_update(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+        beta1, beta2 = group["betas"]
+        state, gradient = self._begun(parameter, group), _gradient(parameter)
+        self._replace(state["exp_avg"], state["exp_avg"].lerp(gradient, 1 - beta1))
+        squares = (state["exp_avg_sq"] * beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        self._replace(state["exp_avg_sq"], squares)
+        root = (state["exp_avg_sq"] / (1 - beta2 ** state["step"].double()).float()).sqrt()
+        return nesterov(state["exp_avg"], gradient, beta1, state["step"]) / (root + group["eps"])
 
     def _matrix_updates(self, group: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
         def update(parameter: Tensor, averaged: Tensor) -> Tensor:
@@ -130,12 +145,22 @@ class Muon(torch.optim.Optimizer):
 
     def _averaged(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
         """u_t, entry by entry."""
-        state, beta, gradient = self.state[parameter], group["momentum"], _gradient(parameter)
+        state, beta, gradient = self._begun(parameter, group), group["momentum"], _gradient(parameter)
+        self._replace(state["momentum"], state["momentum"].lerp(gradient, 1 - beta))
+        return nesterov(state["momentum"], gradient, beta, state["step"])
+
+    def _begun(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """What is kept for a parameter, with this step counted."""
+        state = self.state[parameter]
         if not state:
-            state.update(step=torch.tensor(0.0), momentum=torch.zeros_like(gradient))
-        state["step"] += 1
-        state["momentum"].lerp_(gradient, 1 - beta)
-        return nesterov(state["momentum"], gradient, beta, int(state["step"]))
+            state.update({name: torch.zeros_like(parameter) for name in group["keeps"]})
+            state["step"] = torch.zeros((), device="cpu" if self.found_inf is None else parameter.device)
+        self._replace(state["step"], state["step"] + 1)
+        return state
+
+    def _replace(self, old: Tensor, new: Tensor) -> None:
+        """Write `new` into `old`, unless this step is to do nothing."""
+        old.copy_(new if self.found_inf is None else torch.where(self.found_inf > 0, old, new))
 
     def _orthogonalised(self, averaged: Tensor, shard: Shard | None, group: dict[str, Any]) -> Tensor:
         """The update of a matrix, or of this process's part on the tensor axis, from its u_t."""
@@ -148,15 +173,3 @@ class Muon(torch.optim.Optimizer):
 
 def _gradient(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-
-
-def _adam_update(state: dict[str, Tensor], gradient: Tensor, group: dict[str, Any]) -> Tensor:
-    beta1, beta2 = group["betas"]
-    if not state:
-        state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(gradient), exp_avg_sq=torch.zeros_like(gradient))
-    state["step"] += 1
-    step = int(state["step"])
-    state["exp_avg"].lerp_(gradient, 1 - beta1)
-    state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    root = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt()
-    return nesterov(state["exp_avg"], gradient, beta1, step) / (root + group["eps"])

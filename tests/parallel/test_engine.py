@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from braid.pretrain.training.optimizer import build_optimizer, set_learning_rate
 from braid.pretrain.training.step import Interval
 
 OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.1)
+OPTIMIZED = [*((name, "adamw") for name in CASES), ("elf", "muon"), ("ccdd-mdit", "muon")]
 WAITING = {
     torch.ops.aten._local_scalar_dense.default: "item() or tolist()",
     torch.ops.aten.nonzero.default: "nonzero() or a boolean index",
@@ -49,13 +51,13 @@ class Waits(TorchDispatchMode):
         return function(*arguments, **options or {})
 
 
-def prepared(name: str, fused: bool = True):
+def prepared(name: str, fused: bool = True, optimizer: str = "adamw"):
     torch.manual_seed(0)
     mesh = build_mesh(World.single(), ParallelConfig())
     objective = build(name)
     objective.train()
     objective.begin_step(0, 100)
-    engine = PlainEngine(objective, build_optimizer(objective, OPTIMIZER, fused=fused), mesh)
+    engine = PlainEngine(objective, build_optimizer(objective, replace(OPTIMIZER, name=optimizer), fused=fused), mesh)
     set_learning_rate(engine.optimizer, 1.0)
     return mesh, objective, engine
 
@@ -83,9 +85,10 @@ def test_the_fused_update_is_that_of_many_tensors_at_once():
         torch.testing.assert_close(value, found[1][name], rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_updates_nothing_from_then_on(bad):
-    _, _, engine = prepared("mdlm")
+def test_a_gradient_that_is_not_finite_updates_nothing_from_then_on(bad, optimizer):
+    _, _, engine = prepared("mdlm", optimizer=optimizer)
     give_gradients(engine)
     engine.step(1.0)
     engine.check_finite()
@@ -135,10 +138,10 @@ def one_step(mesh, objective, engine, pieces) -> tuple[torch.Tensor, torch.Tenso
     return norm, count, interval
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_step_asks_the_device_nothing(name):
+@pytest.mark.parametrize(("name", "optimizer"), OPTIMIZED)
+def test_a_step_asks_the_device_nothing(name, optimizer):
     """Every system, from clean tokens to updated weights: on a GPU the host runs ahead of it."""
-    run, pieces = prepared(name), micro_batches(2)
+    run, pieces = prepared(name, optimizer=optimizer), micro_batches(2)
     with Waits() as waits:
         norm, count, interval = one_step(*run, pieces)
     assert waits.found == []
@@ -153,11 +156,11 @@ def test_the_detector_detects():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", CASES)
-def test_no_step_waits_for_a_gpu(name):
+@pytest.mark.parametrize(("name", "optimizer"), OPTIMIZED)
+def test_no_step_waits_for_a_gpu(name, optimizer):
     """The third: the first ones compile, allocate and choose algorithms."""
     with torch.device("cuda"):
-        run = prepared(name)
+        run = prepared(name, optimizer=optimizer)
     pieces = micro_batches(2)
     for _ in range(2):
         one_step(*run, pieces)
