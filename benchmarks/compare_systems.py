@@ -41,15 +41,21 @@ ROWS: dict[str, list[str]] = {
 }
 """Row -> overrides of the recipe `compare_base`; {NAME} is the run of another row, which is trained before."""
 
-OTHER_SAMPLERS: dict[str, dict[str, Callable[[int], list[str]]]] = {
+OTHER_SAMPLERS: dict[str, dict[str, Callable[[int, Path], list[object]]]] = {
     "Di-LADD": {
-        "all codes first": lambda calls: (
-            f"--sampler sequential --latent-steps {calls // 2} --steps {calls // 2}".split()
-        )
+        "all codes first": lambda calls, _: [
+            "--sampler",
+            "sequential",
+            "--latent-steps",
+            calls // 2,
+            "--steps",
+            calls // 2,
+        ],
+        "codes of real rows": lambda calls, data: ["--sampler", "sequential", "--latents-of", data, "--steps", calls],
     },
 }
-"""Row -> name -> options of `braid sample` that make samples in a number of network calls: another way to sample the
-model of a row, judged beside the row's own."""
+"""Row -> name -> options of `braid sample` that make samples in a number of network calls, given the corpus: another
+way to sample the model of a row, judged beside the row's own."""
 
 HEADLINES = ("nll", "bound", "token_bound")
 """The figure that stands for a row: what the tokens cost. Of joint models the bound whose latents come from the visible
@@ -133,14 +139,14 @@ def main() -> None:
         for other, options in OTHER_SAMPLERS.get(name, {}).items():
             evaluate_sampler(runs[name], other, options)
 
-    def evaluate_sampler(run: Path, other: str, options: Callable[[int], list[str]]) -> None:
+    def evaluate_sampler(run: Path, other: str, options: Callable[[int, Path], list[object]]) -> None:
         evaluation = sampler_file(run, other)
         if evaluation.exists():
             return
         files = []
         for calls in args.sample_steps.split(","):
             files += ["--samples-file", evaluation.with_suffix(f".{calls}.jsonl")]
-            braid("sample", run, "--num", args.samples, *options(int(calls)), "--output", files[-1],
+            braid("sample", run, "--num", args.samples, *options(int(calls), data), "--output", files[-1],
                   log=run.with_suffix(".log"), threads=threads)  # fmt: skip
         braid("evaluate", run, "--metrics", "generative", "--judge", judge, *files, "--samples", args.samples,
               "--json", evaluation, log=run.with_suffix(".log"), threads=threads)  # fmt: skip

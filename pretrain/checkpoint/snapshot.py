@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from braid.data_pipeline.corpus import TokenCorpus
 from braid.data_pipeline.mixture import Stage
+from braid.data_pipeline.packing import Rows
+from braid.data_pipeline.remote import Fetching
 from braid.data_pipeline.tokenizers import Tokenizer, load_tokenizer
-from braid.kernels.errors import CheckpointError
+from braid.kernels.errors import CheckpointError, InputError
 from braid.kernels.random import CONTRACT_VERSION
 from braid.parallel.engine import Engine, Part
 from braid.pretrain.config.load import dump_config, load_config
@@ -244,6 +247,21 @@ class LoadedModel:
     path: Path
     shares: dict[str, float] = field(default_factory=dict)
     """Of a run on a mixture: what part of the samples each source gave when the checkpoint was saved."""
+
+    def rows(self, folder: str, split: str) -> Rows:
+        """The rows of a corpus, packed as those of the run. Raises InputError for one of another tokenizer."""
+        data = self.config.data
+        fetching = Fetching(data.cache, data.cache_gb, data.retries, data.timeout_s)
+        corpus = TokenCorpus.open(folder, split, fetching=fetching)
+        if corpus.tokenizer.hash != self.tokenizer.hash:
+            raise InputError(
+                f"the corpus {folder} was tokenised with another tokenizer than the model's",
+                found=f"corpus {corpus.tokenizer.hash[:16]} ({corpus.vocab_size} ids), "
+                f"model {self.tokenizer.hash[:16]} ({self.tokenizer.vocab_size} ids)",
+                change=f"prepare the text with --tokenizer {self.path / 'tokenizer'}",
+            )
+        length, settings = data.sequence_length, {"oversized": data.oversized, "target_tokens": data.target_tokens}
+        return Rows(corpus, length, data.packing, **settings)
 
 
 def load_model(path: Path, device: torch.device, *, use_ema: bool = True) -> LoadedModel:

@@ -152,7 +152,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Estimate]]:
         )
     sources = {} if args.data else config.data.sources
     folders = args.data or config.data.folders
-    corpora = [_rows(folder, args.split, model) for folder in folders]
+    corpora = [model.rows(folder, args.split) for folder in folders]
     compared = MixedRows(dict(zip(sources, corpora, strict=True))) if sources else corpora[0]
     judge = None
     if "generative" in metrics:  # a judge that cannot be loaded should be known before hours of scoring
@@ -241,25 +241,6 @@ def _steps(args: argparse.Namespace, model: LoadedModel) -> list[int | None]:
             "--sample-steps must be whole numbers of at least 1", found=args.sample_steps, change="--sample-steps 8,32"
         )
     return list(dict.fromkeys(map(int, words)))
-
-
-def _rows(folder: str, split: str, model: LoadedModel) -> Rows:
-    from braid.data_pipeline.corpus import TokenCorpus
-    from braid.data_pipeline.packing import Rows
-    from braid.data_pipeline.remote import Fetching
-    from braid.kernels.errors import InputError
-
-    data = model.config.data
-    fetching = Fetching(data.cache, data.cache_gb, data.retries, data.timeout_s)
-    corpus = TokenCorpus.open(folder, split, fetching=fetching)
-    if corpus.tokenizer.hash != model.tokenizer.hash:
-        raise InputError(
-            f"the corpus {folder} was tokenised with another tokenizer than the model's",
-            found=f"corpus {corpus.tokenizer.hash[:16]} ({corpus.vocab_size} ids), "
-            f"model {model.tokenizer.hash[:16]} ({model.tokenizer.vocab_size} ids)",
-            change=f"prepare the text with --tokenizer {model.path / 'tokenizer'}",
-        )
-    return Rows(corpus, data.sequence_length, data.packing, oversized=data.oversized, target_tokens=data.target_tokens)
 
 
 def _score(

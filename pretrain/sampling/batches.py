@@ -49,7 +49,7 @@ def draw_in_batches(
     tokens, network_calls = [], []
     while len(network_calls) < total:
         start = len(network_calls)
-        part = Prompt(prompt.tokens[start : start + size], prompt.known[start : start + size])
+        part = prompt.rows(start, start + size)
 
         def report(step: int, steps: int, start: int = start, rows: int = len(part.tokens)) -> None:
             progress(start + rows * step // steps, total)

@@ -12,11 +12,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from braid.kernels.errors import ConfigError
-from braid.pretrain.diffusion.gaussian import ddim_step, ddpm_step
+from braid.pretrain.diffusion.gaussian import ddim_step, ddpm_step, noised
 from braid.pretrain.objectives.co_ladd import CoLADD
 
 from .draws import Draws
-from .ladd import call, everyone, fill_text, latent_steps, start
+from .ladd import call, described, everyone, fill_text, latent_steps, start
 from .mdlm import fill, reveal
 from .prompts import Prompt
 
@@ -33,7 +33,7 @@ def sample(objective: CoLADD, prompt: Prompt, draws: Draws) -> Tensor:
     tokens = start(objective, prompt)
     latents = draws.fixed_normals(objective.network.num_slots, objective.network.latent_dim)
     if draws.sampler.startswith("sequential"):
-        return _sequential(objective, tokens, latents, draws)
+        return _sequential(objective, tokens, latents, prompt, draws)
     times = draws.times(draws.settings.steps)
     for step, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
         all_rows = everyone(draws)
@@ -47,8 +47,13 @@ def sample(objective: CoLADD, prompt: Prompt, draws: Draws) -> Tensor:
     return tokens
 
 
-def _sequential(objective: CoLADD, tokens: Tensor, latents: Tensor, draws: Draws) -> Tensor:
+def _sequential(objective: CoLADD, tokens: Tensor, latents: Tensor, prompt: Prompt, draws: Draws) -> Tensor:
     steps = latent_steps(objective, draws)
+    if prompt.described is not None:
+        time = draws.batch_times(0.0)
+        clean = objective.slots(*described(prompt))
+        latents = noised(clean, latents, objective.schedule.alpha(time), objective.schedule.sigma(time))
+        return fill_text(objective, tokens, latents, draws, 0)
     times = draws.times(steps)
     for step, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
         if objective.latent_denoiser is not None:

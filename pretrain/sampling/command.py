@@ -43,6 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument(
         "--infill", type=Path, help='JSON lines {"text": "known [[5]] known"}; [[n]] is a gap of n tokens'
     )
+    prompt.add_argument(
+        "--latents-of",
+        metavar="CORPUS",
+        help="co_ladd, di_ladd: no samples of the model, but texts that it writes when it is shown the latents of rows "
+        "of this corpus's validation split: how much is lost by sampling the latents too",
+    )
     parser.add_argument("--seed", type=int, default=0, help="key of the draws; default 0")
     parser.add_argument(
         "--batch-size",
@@ -67,7 +73,7 @@ def main(args: argparse.Namespace) -> int:
 
     from .batches import draw_in_batches
     from .output import sampler_settings, write_samples
-    from .prompts import infill_prompts, no_prompt, prefix_lengths, prefix_prompt
+    from .prompts import described_prompt, infill_prompts, no_prompt, prefix_lengths, prefix_prompt
 
     check_seed(args.seed)
     check_place(args.output)
@@ -84,6 +90,8 @@ def main(args: argparse.Namespace) -> int:
         prompt = prefix_prompt(args.prompt, args.num, length, model.tokenizer, packing=packing)
     elif args.infill is not None:
         prompt = infill_prompts(args.infill, args.num, length, model.tokenizer, packing=packing)
+    elif args.latents_of is not None:
+        prompt = described_prompt(model.rows(args.latents_of, "validation"), args.num)
     else:
         prompt = no_prompt(args.num, length)
     if model.objective.causal:
@@ -94,6 +102,8 @@ def main(args: argparse.Namespace) -> int:
         batch_size=args.batch_size, progress=_progress,
     )  # fmt: skip
     used = sampler_settings(settings, model.config.objective, model.config.run.precision)
+    if args.latents_of is not None:
+        used["latents_of"] = args.latents_of
     write_samples(args.output, samples, model.tokenizer, used, step=model.step, seed=args.seed)
     for index, tokens in enumerate(samples.tokens.tolist()):
         print(f"--- sample {index}\n{model.tokenizer.decode(tokens)}")
@@ -105,7 +115,7 @@ def main(args: argparse.Namespace) -> int:
 def _problems(args: argparse.Namespace, settings: SamplingConfig, objective: ObjectiveConfig) -> list[Problem]:
     """What is wrong with the sampler's settings, and with options that a model of this objective would ignore."""
     from braid.pretrain.config.check import Check
-    from braid.pretrain.config.sampling import check_sampling
+    from braid.pretrain.config.sampling import check_sampling, sampler_name
 
     def named(field: str) -> str:
         return "--" + field.replace("_", "-")
@@ -121,6 +131,17 @@ def _problems(args: argparse.Namespace, settings: SamplingConfig, objective: Obj
             found="neither --prompt nor --infill",
             change="leave it out, or give a prompt",
         )
+    if args.latents_of is not None:
+        if not objective.name.endswith("_ladd"):
+            check.add(
+                f"--latents-of is for LADD, whose latents describe a text; objective.name = {objective.name!r}",
+                change="leave it out",
+            )
+        elif not sampler_name(settings, objective).startswith("sequential"):
+            found = f"sampler {sampler_name(settings, objective)}"
+            check.add("--latents-of shows latents that are there before the text", found, "--sampler sequential")
+        elif args.latent_steps is not None:
+            check.add("--latent-steps would be ignored: with --latents-of none are sampled", change="leave one out")
     return check.problems
 
 

@@ -16,7 +16,7 @@ from braid.pretrain.diffusion.absorbing import unmask_probability
 from braid.pretrain.objectives.di_ladd import CODE_WORD, DiLADD
 
 from .draws import Draws
-from .ladd import call, fill_text, latent_steps, start
+from .ladd import call, described, fill_text, latent_steps, start
 from .mdlm import fill, reveal
 from .prompts import Prompt
 
@@ -26,7 +26,7 @@ def sample(objective: DiLADD, prompt: Prompt, draws: Draws) -> Tensor:
     tokens = start(objective, prompt)
     codes = torch.full((len(tokens), objective.network.num_slots), objective.mask_code, device=draws.device)
     if draws.sampler == "sequential":
-        return _sequential(objective, tokens, codes, draws)
+        return _sequential(objective, tokens, codes, prompt, draws)
     times = draws.times(draws.settings.steps)
     for step, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
         revealed = reveal(tokens, objective.mask_id, t, s, step, draws)
@@ -41,8 +41,11 @@ def sample(objective: DiLADD, prompt: Prompt, draws: Draws) -> Tensor:
     return tokens
 
 
-def _sequential(objective: DiLADD, tokens: Tensor, codes: Tensor, draws: Draws) -> Tensor:
+def _sequential(objective: DiLADD, tokens: Tensor, codes: Tensor, prompt: Prompt, draws: Draws) -> Tensor:
     steps = latent_steps(objective, draws)
+    if prompt.described is not None:
+        codes = objective.codes(*described(prompt))[1]
+        return fill_text(objective, tokens, _slots(objective, codes), draws, 0)
     times = draws.times(steps)
     for step, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
         revealed = _reveal_codes(objective, codes, t, s, step, draws)

@@ -2,7 +2,10 @@
 
 Tokens are unmasked as in masked diffusion: survival 1 - t, on a grid that ends at t = 0 exactly, where everything left
 is filled. (The release stops at 1e-5 and fills in one more call, so its "N steps" are N + 1 calls.) Known tokens of a
-prompt hold from the start; the latents are free: the network makes them fit the tokens it sees.
+prompt hold from the start; the latents are free: the network makes them fit the tokens it sees. Where the prompt has
+texts that they are to describe, a sequential sampler shows the network the latents of these (the release's
+use_encoder_latent) and draws the text alone, which tells what is lost by sampling the latents. (In joint sampling the
+tokens that are revealed while such latents are still noisy would have to fit a text that nobody has seen yet.)
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from braid.data_pipeline.loader import Batch
 from braid.kernels.errors import ConfigError
 from braid.pretrain.model.joint_attention import SlotPrediction
 from braid.pretrain.objectives.ladd import LADD
@@ -22,6 +26,14 @@ from .prompts import Prompt
 def start(objective: LADD, prompt: Prompt) -> Tensor:
     """x_1, int64 [N, L]: masks but for the prompt."""
     return torch.where(prompt.known, prompt.tokens, objective.mask_id)
+
+
+def described(prompt: Prompt) -> tuple[Batch, Tensor] | None:
+    """The texts to be described, as what an objective encodes: a batch, and that nothing of it is hidden."""
+    if prompt.described is None:
+        return None
+    nothing = torch.zeros_like(prompt.known)
+    return Batch(prompt.described, ~nothing, torch.arange(len(nothing), device=nothing.device)), nothing
 
 
 def latent_steps(objective: LADD, draws: Draws) -> int:

@@ -1,10 +1,10 @@
-"""What a sample must contain: known tokens at known positions (prefix or infill)."""
+"""What a sample must contain, known tokens at known positions (prefix or infill), and what its latents are to say."""
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +25,19 @@ class Prompt:
 
     tokens: Tensor
     known: Tensor
+    described: Tensor | None = None
+    """Whole rows, int64 [N, L], whose latents LADD's sequential samplers show the network instead of drawing some: what
+    the text half can do at best, and no sample of the model."""
 
     def to(self, device: torch.device) -> Prompt:
-        return Prompt(self.tokens.to(device), self.known.to(device))
+        return Prompt(*(each if each is None else each.to(device) for each in self._fields()))
+
+    def rows(self, start: int, stop: int) -> Prompt:
+        """Those of some samples."""
+        return Prompt(*(each if each is None else each[start:stop] for each in self._fields()))
+
+    def _fields(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.tokens, self.known, self.described
 
 
 def no_prompt(num: int, length: int) -> Prompt:
@@ -39,6 +49,15 @@ def prefix_prompt(text: str, num: int, length: int, tokenizer: Tokenizer, *, pac
     """`num` copies of a prompt whose tokens begin the row, after BOS where rows are wrapped. Where rows are pairs it is
     the source, whole, and EOS follows it."""
     return _pinned([[(text, 0)]] * num, length, tokenizer, packing)
+
+
+def described_prompt(rows: Rows, num: int) -> Prompt:
+    """No token is known, and the latents are those of `num` rows spread over a corpus, some of them again where it has
+    fewer."""
+    batches = validation_batches(rows, num, num, 0, 1)
+    tokens = torch.cat([batch.tokens for batch in batches])
+    tokens = tokens.repeat(-(-num // len(tokens)), 1)[:num]
+    return replace(no_prompt(*tokens.shape), described=tokens)
 
 
 def source_prompt(rows: Rows, num: int) -> Prompt:

@@ -76,3 +76,25 @@ def test_of_a_model_without_latents(trainers: Trainers, name: str) -> None:
         (["--sampler", "ddpm"], ["--sampler = 'ddpm' is not one of", only]),
         *(infills if name == "ar" else []),
     ])  # fmt: skip
+
+
+def test_of_latents_of_given_texts(trainers: Trainers, tmp_path: Path) -> None:
+    """Only for models of latents that are there before the text; what was shown is said beside the samples."""
+    trainers.train("tiny_di_ladd", "run", training__steps=6)
+    corpus = ["--latents-of", trainers.corpus]
+    refuse(trainers, [
+        (corpus, ["--latents-of shows latents that are there before the text", "--sampler sequential"]),
+        ([*corpus, "--sampler", "sequential", "--latent-steps", 4], ["--latent-steps would be ignored"]),
+        (["--latents-of", "nowhere", "--sampler", "sequential"], ["nowhere"]),
+    ])  # fmt: skip
+    words = [*corpus, "--sampler", "sequential", "--num", 3, "--steps", 4, "--device", "cpu"]
+    done = trainers.braid("sample", "run", *words, "--output", "samples.jsonl")
+    assert done.code == 0, done.err
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [line["sampler"]["latents_of"] for line in lines] == [str(trainers.corpus)] * 3
+    assert all(line["network_calls"] <= 4 for line in lines)
+
+    (tmp_path / "samples.jsonl").unlink()
+    trainers.train("tiny_mdlm", "other", training__steps=6)
+    done = trainers.braid("sample", "other", *corpus, "--device", "cpu", "--output", "samples.jsonl")
+    assert_refused(done, 2, "--latents-of is for LADD", "objective.name = 'mdlm'")

@@ -1,9 +1,11 @@
 """LADD's samplers with networks whose answers are known: laws of texts and latents, calls, prompts, paths."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from scipy.stats import chi2
 
 from braid.kernels.errors import ConfigError
 from braid.pretrain.config.schema import SamplingConfig
@@ -144,6 +146,24 @@ def test_prompts_hold_and_the_rest_has_the_conditional_law():
         assert all((seen[:, 0] == 1).all() for seen, *_ in objective.network.calls)
         fits = SEQUENCES[:, 0] == 1
         assert chi_square(tokens, LAW[fits] / LAW[fits].sum(), SEQUENCES[fits]) < 13.9  # 2 degrees of freedom
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler"), [("co_ladd", "sequential"), ("co_ladd", "sequential_nelbo"), ("di_ladd", "sequential")]
+)
+def test_latents_of_a_given_text_are_shown_instead_of_sampled_ones(name, sampler):
+    """The texts drawn are those with these latents, by the law; no call is spent on the latents."""
+    objective = toy(name, **({"independent_times": True} if name == "co_ladd" else {}))
+    objective.network = ToyNetwork(schedule=getattr(objective, "schedule", None))
+    texts = SEQUENCES[torch.tensor([3, 7]).repeat(1500)]
+    prompt = replace(no_prompt(3000, 2), described=texts)
+    samples = draw_samples(objective, SamplingConfig(steps=2048, sampler=sampler), prompt, key=3)
+    assert max(samples.network_calls) <= 2 and all((seen[3] == 0).all() for seen in objective.network.calls)
+    for first in (0, 1):
+        alike = CODES == first
+        assert CODES[(3, 7)[first]] == first
+        tokens, law = samples.tokens[first::2], LAW[alike] / LAW[alike].sum()
+        assert chi_square(tokens, law, SEQUENCES[alike]) < chi2.isf(1e-3, int(alike.sum()) - 1)
 
 
 # -- calls ---------------------------------------------------------------------------------------------------------
