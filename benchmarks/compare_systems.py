@@ -168,7 +168,8 @@ def main() -> None:
     for name, run in runs.items():
         for other in OTHER_SAMPLERS.get(name, {}):
             if name in rows and sampler_file(run, other).exists():
-                results.append(sampler_row(f"{name}, {other}", json.loads(sampler_file(run, other).read_text())))
+                evaluation = json.loads(sampler_file(run, other).read_text())
+                results.append(sampler_row(f"{name}, {other}", evaluation, args.sample_steps.split(",")))
     (args.work / "table.json").write_text(json.dumps(results, indent=2) + "\n")
     text = table(results)
     (args.work / "table.md").write_text(text)
@@ -180,10 +181,11 @@ def sampler_file(run: Path, other: str) -> Path:
     return run / f"comparison_{other.replace(' ', '_')}.json"
 
 
-def sampler_row(name: str, evaluation: dict) -> dict:
-    """One line of the table for a sampler: its samples, by network calls, and nothing of the model's."""
+def sampler_row(name: str, evaluation: dict, calls: list[str]) -> dict:
+    """One line of the table for a sampler: its samples, by the most network calls it may make, and nothing of the
+    model's."""
     judged = [entry for entry in evaluation["generative"] if entry["name"] != "data"]
-    generative = [entry | {"steps": round(entry["network_calls"])} for entry in judged]
+    generative = [entry | {"steps": int(number)} for entry, number in zip(judged, calls, strict=True)]
     return {"name": name, "bound": None, "label": "the model of the row", "generative": generative}
 
 
