@@ -65,9 +65,9 @@ TEST_TOOLS = [
     "flask-cors>=5",
     "gcp-storage-emulator>=2024.8",
 ]
-EXTRAS["test"] = [*TEST_TOOLS, *(package for extra in EXTRAS.values() for package in extra)]
 # Torch's CUDA build brings the version it wants; beside its CPU build tests interpret and compile the kernels with it.
 EXTRAS["kernels"] = ['triton>=3.4; platform_system == "Linux"']
+EXTRAS["test"] = [*TEST_TOOLS, *(package for extra in EXTRAS.values() for package in extra)]
 
 
 def compile_kernels(folder: Path) -> None:

@@ -38,15 +38,18 @@ MODULES = {
         "triton": "braid.kernels.noising_triton",
         "eager": "braid.kernels.noising_eager",
     },
-    "sampling": {"nvrtc": "braid.kernels.row_nvrtc", "eager": "braid.kernels.sampling_eager"},
+    "sampling": {
+        "nvrtc": "braid.kernels.row_nvrtc",
+        "triton": "braid.kernels.sampling_triton",
+        "eager": "braid.kernels.sampling_eager",
+    },
     "cross_entropy": {
         "nvrtc": "braid.kernels.row_nvrtc",
         "triton": "braid.kernels.cross_entropy_triton",
         "eager": "braid.kernels.cross_entropy_eager",
     },
 }
-"""Operation -> implementation -> where its functions are; those of the library are in `torch.ops.braid`. What NVRTC's
-lack, Triton does where it works, else the eager implementation."""
+"""Operation -> implementation -> where its functions are; those of the library are in `torch.ops.braid`."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,7 @@ def _functions(operation: str, device_type: str) -> Any:
     name = choose(device_type).name
     if name == "compiled":
         return torch.ops.braid
-    modules = MODULES[operation]
-    if name == "nvrtc" and "nvrtc" not in modules:
-        name = _triton(device_type).name
-    return importlib.import_module(modules.get(name, modules["eager"]))
+    return importlib.import_module(MODULES[operation][name])
 
 
 @cache

@@ -21,7 +21,7 @@ MOST_BLOCKS = 64
 
 
 @triton.jit
-def _philox(key, position, word, ordinal, zeros):
+def philox(key, position, word, ordinal, zeros):
     """The four words, uint32 in the shape of `zeros`."""
     c0 = zeros + (position & 0xFFFFFFFF).to(tl.uint32)
     c2 = zeros + (ordinal & 0xFFFFFFFF).to(tl.uint32)
@@ -33,8 +33,8 @@ def _philox(key, position, word, ordinal, zeros):
 def _normals(key, position, ordinal, draw, first_block, table, BLOCKS: tl.constexpr):
     """float32 [4 BLOCKS], from the block `first_block` on."""
     blocks = (first_block + tl.arange(0, BLOCKS)).to(tl.uint32) & 0xFFFF
-    word = blocks | ((2 << 24) | (draw << 16)).to(tl.uint32)
-    w0, w1, w2, w3 = _philox(key, position, word, ordinal, blocks * 0)
+    word = blocks | (2 << 24) | (draw << 16)
+    w0, w1, w2, w3 = philox(key, position, word, ordinal, blocks * 0)
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
     x = ((words << 1) | 1).to(tl.float32)
     segment = (x.to(tl.uint32, bitcast=True) >> 17).to(tl.int32) - (127 << 6)
@@ -93,7 +93,7 @@ def noising_kernel(
         noised = token
         if (mask_below is not None) or (noise_below is not None):
             zeros = tl.zeros((1,), tl.uint32)
-            w0, w1, w2, w3 = _philox(key, position, ((1 << 24) | (draw << 16)).to(tl.uint32), ordinal, zeros)
+            w0, w1, w2, w3 = philox(key, position, zeros | (1 << 24) | (draw << 16), ordinal, zeros)
             decider = tl.where(word == 0, w0, tl.where(word == 1, w1, tl.where(word == 2, w2, w3)))
             u = tl.sum((decider >> 8).to(tl.float32) * 5.9604644775390625e-08)
             free = True

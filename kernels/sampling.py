@@ -6,7 +6,7 @@ everything from the logits on is float64, whichever implementation runs (`dispat
 
 - the two best finish within some 1e-14 of each other, relatively: libraries round logarithms differently, and the sum
   that makes probabilities of a reverse step depends on its order,
-- a nucleus ends within 1e-9 of `top_p`: its masses are summed in units of 2^-44 (compiled) or in order (eager).
+- a nucleus ends within 1e-9 of `top_p`: its masses are summed in units of 2^-44 (compiled, Triton) or in order (eager).
 
 Compiled, a token is looked at in float64 only where float32 bounds leave it a chance. A draw takes one pass, a reverse
 step one more for the sum of exponentials (in float32, and again in float64 only where two tokens finish within 2^-14 of

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from braid.kernels import dispatch, library, nvrtc, toolchain
+from braid.kernels import dispatch
 from braid.kernels.noising import PIECE, joint_noising
 
 from .noising_cases import assert_same, expected, expected_gradients, random_case
@@ -16,32 +15,11 @@ from .noising_cases import assert_same, expected, expected_gradients, random_cas
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(params=["compiled", "nvrtc", "triton", "eager"])
-def implementation(request, monkeypatch) -> Iterator[str]:
-    """Each of them that this machine has, in turn. Tensors start as NaN or the largest integer."""
-    name = request.param
-    if name == "compiled" and not library.load().cuda:
-        pytest.skip(f"the library has no CUDA: {library.load().found}")
-    if name == "nvrtc":
-        try:
-            nvrtc.library()
-        except toolchain.BuildError as error:
-            pytest.skip(str(error))
-    if name == "triton":
-        pytest.importorskip("triton")
-    monkeypatch.setattr(dispatch, "choose", lambda device_type: dispatch.Choice(name, "a test"))
-    dispatch._functions.cache_clear()
-    torch.use_deterministic_algorithms(True)
-    yield name
-    torch.use_deterministic_algorithms(False)
-    dispatch._functions.cache_clear()
-
-
 def on_device(x: Any) -> Any:
     return x.cuda() if isinstance(x, torch.Tensor) else x
 
 
-def test_the_bits_of_numpy(implementation):
+def test_the_bits_of_numpy(on_gpu):
     for seed in range(60):
         case = random_case(seed)
         key = torch.tensor(case.key - (1 << 64) if case.key >> 63 else case.key)
@@ -53,7 +31,7 @@ def test_the_bits_of_numpy(implementation):
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_gradients(implementation, deterministic):
+def test_gradients(on_gpu, deterministic):
     torch.use_deterministic_algorithms(deterministic)
     generator = torch.Generator().manual_seed(0)
     for seed in range(1000, 1040):
@@ -81,7 +59,7 @@ def test_gradients(implementation, deterministic):
             assert (ours.cpu().double() - theirs).abs().max() <= tolerance * max(1.0, float(theirs.abs().max()))
 
 
-def test_a_hot_row_is_summed_in_the_same_order_every_time(implementation):
+def test_a_hot_row_is_summed_in_the_same_order_every_time(on_gpu):
     """Half the tokens are one token, over many pieces."""
     tokens = torch.randint(0, 500, (8, 40 * PIECE), device="cuda")
     tokens[:, ::2] = 3

@@ -41,19 +41,20 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from braid.kernels import noising_triton as ours
 
-POINTERS = {
+POINTERS = {{
     **dict.fromkeys(("tokens", "key", "ordinals", "positions", "noised_tokens", "sources"), "*i64"),
     **dict.fromkeys(("keep", "kinds"), "*u8"), "vectors": "*bf16", "latents": "*bf16", "latents_gradient": "*bf16",
     "vectors_gradient": "*bf16",
-}
-NUMBERS = {"word": "i32", "draw": "i32", "mask_id": "i64", "num_tokens": "i64"}
-CONSTANTS = {"FROM_TABLE": True, "EMBED_NOISED": False, "IN_BFLOAT16": True, "BLOCKS": 64}
+}}
+NUMBERS = {{"word": "i32", "draw": "i32", "mask_id": "i64", "num_tokens": "i64"}}
+CONSTANTS = {{"FROM_TABLE": True, "EMBED_NOISED": False, "IN_BFLOAT16": True, "BLOCKS": 64}}
 INTEGERS = ("_row", "_column", "_stride", "length", "channels", "first_channel")
+ONE = {{"draw": 1}} if {draw_is_one} else {{}}  # Triton makes a constant of a number that is 1
 for kernel in (ours.normals_kernel, ours.noising_kernel, ours.noising_backward_kernel):
-    signature, constants = {}, {}
+    signature, constants = {{}}, {{}}
     for name in kernel.arg_names:
-        if name in CONSTANTS:
-            signature[name], constants[name] = "constexpr", CONSTANTS[name]
+        if name in CONSTANTS | ONE:
+            signature[name], constants[name] = "constexpr", (CONSTANTS | ONE)[name]
         elif name in NUMBERS or name.endswith(INTEGERS):
             signature[name] = NUMBERS.get(name, "i64")
         else:
@@ -78,6 +79,7 @@ def test_the_interpreter_has_the_bits_of_numpy(first, last):
     assert run(code, TRITON_INTERPRET="1") == "right\n"
 
 
-def test_compiled_for_an_h100_nothing_is_fused(tmp_path):
-    printed = run(COMPILED, TRITON_CACHE_DIR=str(tmp_path))
+@pytest.mark.parametrize("draw_is_one", [False, True])
+def test_compiled_for_an_h100_nothing_is_fused(tmp_path, draw_is_one):
+    printed = run(COMPILED.format(draw_is_one=draw_is_one), TRITON_CACHE_DIR=str(tmp_path))
     assert printed.split() == ["normals_kernel", "noising_kernel", "noising_backward_kernel"]

@@ -116,7 +116,7 @@ def test_instruction_sets_change_no_bit():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("step", STEPS)
-def test_a_gpu_draws_what_the_host_draws(step):
+def test_a_gpu_draws_what_the_host_draws(on_gpu, step):
     for seed, vocab_size in enumerate((5, 130, 3001, 50_257)):
         rows = 2000 if vocab_size < 5000 else 200
         ordinals, positions = numbers(rows)
@@ -129,7 +129,7 @@ def test_a_gpu_draws_what_the_host_draws(step):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_gpu_finds_the_cross_entropy_of_the_host(dtype):
+def test_a_gpu_finds_the_cross_entropy_of_the_host(on_gpu, dtype):
     for vocab_size in (30, 5003, 50_304):
         logits, targets, weights = case(vocab_size, rows=300)
         there = logits.to(dtype).cuda()
