@@ -26,7 +26,7 @@ SHORTEST_ROW = {"wrap": 4, "stream": 2, "pairs": 4, "document": 3, "best_fit": 3
 """BOS + two tokens + EOS; one token to predict the next from; BOS and two EOS around one token; one token between BOS
 and EOS; two and EOS."""
 
-WITHOUT_CROSS_ENTROPY = ("duo", "gidd", "replaid", "t5")
+WITHOUT_CROSS_ENTROPY = ("duo", "gidd", "replaid")
 """Objectives whose loss is made of logits in another way."""
 
 

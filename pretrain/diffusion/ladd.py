@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -115,14 +116,30 @@ def warmup_factor(name: str, step: int, num_steps: int) -> float:
     return min(1.0, max(0.0, (step / num_steps - start) / (1 - start)))
 
 
-def independence_nats(logits: Tensor, without_tokens: Tensor, mask_id: int, vocabulary: Vocabulary) -> Tensor:
-    """KL(p || q) in nats, [...], of the clean token under p = softmax(logits), which is constant here, and
-    q = softmax(without_tokens), logits [..., V]: what the visible tokens say of it beyond the latents (LADD, B4)."""
-    log_p = vocabulary.log_softmax(vocabulary.without(logits.detach(), mask_id))
-    log_q = vocabulary.log_softmax(vocabulary.without(without_tokens, mask_id))
-    possible = log_p.isfinite()
-    terms = log_p.exp() * (log_p - log_q.masked_fill(~possible, 0.0)).masked_fill(~possible, 0.0)
-    return vocabulary.sum(terms.sum(-1))
+@dataclass(frozen=True)
+class Independence:
+    """A `RowLoss` of q's logits: KL(p || q) in nats of the clean token, times `scale`. p is what the network says that
+    sees the tokens too, q what it says of the latents alone: what the visible tokens say beyond the latents (LADD, B4).
+    What is known of a row is its nats."""
+
+    logits: Callable[[Tensor], Tensor]
+    """p's, constants: numbers of rows [M] -> [M, V], float32 at least."""
+    scale: float
+    mask_id: int
+    vocabulary: Vocabulary
+
+    def __call__(self, logits_MV: Tensor, rows_M: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+        vocabulary = self.vocabulary
+        q = vocabulary.logits(logits_MV.clone() if gradient else logits_MV)
+        log_p, log_q = (
+            vocabulary.log_softmax(vocabulary.without_(each, self.mask_id)) for each in (self.logits(rows_M), q)
+        )
+        p, possible = log_p.exp(), log_p.isfinite()
+        terms = p * (log_p - log_q.masked_fill(~possible, 0.0)).masked_fill(~possible, 0.0)
+        nats = vocabulary.sum(terms.sum(-1))
+        if gradient:
+            logits_MV.copy_(self.scale * (log_q.exp() - p))
+        return self.scale * nats, nats
 
 
 def bound_times(strata: Tensor, smallest: float) -> tuple[Tensor, Tensor]:

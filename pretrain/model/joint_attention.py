@@ -32,8 +32,8 @@ class SlotPrediction(NamedTuple):
     tokens: TokenLogits
     latents: Tensor
     """About every slot [B, S, O], float32: the clean latent, or logits of its code (the mask's column included)."""
-    without_tokens: Tensor | None = None
-    """All logits of a second call that saw the slots alone; for LADD's independence loss."""
+    without_tokens: TokenLogits | None = None
+    """Of a second call that saw the slots alone; for LADD's independence loss."""
 
     @property
     def logits(self) -> Tensor:

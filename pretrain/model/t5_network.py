@@ -19,9 +19,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from braid.kernels.errors import InputError
+from braid.parallel.accumulation import autocast_dtype
+from braid.parallel.layers import Loss, T
+from braid.parallel.vocabulary import Vocabulary
 from braid.pretrain.config.schema import ModelConfig
 from braid.pretrain.model.flops import TrainingFlops
 from braid.pretrain.model.network import Network
+from braid.pretrain.model.token_logits import TokenLogits
+
+
+class TiedEmbedding(nn.Embedding):
+    """A table that is the head, too: ids are looked up, hidden states multiplied with it. As an `OutputLinear` it may
+    be asked for a loss."""
+
+    def forward(self, x: Tensor, loss: Loss[T] | None = None) -> Tensor | T:
+        if loss is not None:
+            return loss(x, self.weight, None)
+        return F.linear(x, self.weight.to(x.dtype)) if x.is_floating_point() else super().forward(x)
 
 
 class T5Network(Network):
@@ -39,19 +53,19 @@ class T5Network(Network):
         self.start_id = vocab_size + num_spans
         device = torch.get_default_device()
         with torch.device("meta"):  # no values yet: the library's own initialisation draws from the global generator
-            self.embedding = nn.Embedding(self.start_id + 1, model.width)
+            self.embedding = TiedEmbedding(self.start_id + 1, model.width)
             self.encoder, self.decoder = _stack(model, is_decoder=False), _stack(model, is_decoder=True)
         self.materialise(device, seed)
 
-    def forward(self, inputs_BI: Tensor, targets_BT: Tensor) -> Tensor:
+    def forward(self, inputs_BI: Tensor, targets_BT: Tensor) -> TokenLogits:
         """From ids with sentinels for what is left out, int64 [B, I], and the target, int64 [B, T], of which position i
-        is predicted from those before it, to raw logits float32 [B, T, V]; V counts the vocabulary, the sentinels and
-        the start. Runs under the caller's autocast."""
+        is predicted from those before it, to logits [B, T, V]; V counts the vocabulary, the sentinels and the start.
+        Runs under the caller's autocast."""
         states_BIW = self.encode(inputs_BI)
         shifted_BT = F.pad(targets_BT[:, :-1], (1, 0), value=self.start_id)
         x_BTW = self.decoder(inputs_embeds=self.embedding(shifted_BT), encoder_hidden_states=states_BIW)[0]
-        logits_BTV = F.linear(x_BTW * self.config.width**-0.5, self.embedding.weight)
-        return logits_BTV.float()
+        hidden_BTW = (x_BTW * self.config.width**-0.5).to(autocast_dtype(x_BTW))
+        return TokenLogits(hidden_BTW, self.embedding, Vocabulary(self.start_id + 1), z_loss=self.config.z_loss)
 
     def encode(self, tokens_BL: Tensor) -> Tensor:
         """The encoder's output [B, L, W]."""

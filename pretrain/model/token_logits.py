@@ -8,15 +8,20 @@ count, a few at a time (kernels/linear_loss.py). Shape suffixes: B sequences, L 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from braid.kernels.linear_loss import RowLoss, Rows, linear_loss
 from braid.parallel.pipeline import ONE_PIECE, Stage
 from braid.parallel.vocabulary import Vocabulary
+
+RowLogits = Callable[[Tensor], Tensor]
+"""Numbers of rows int64 [M] -> their logits [M, V], float32 at least; of a divided vocabulary the columns here."""
 
 
 class TokenLoss(NamedTuple):
@@ -71,6 +76,31 @@ class TokenLogits:
     def loss(self, row_loss: RowLoss, rows: Rows, shape: torch.Size) -> TokenLoss:
         """Any other loss of each position's logits; `shape` is [B, L]."""
         total, values = self.stage.from_heads(partial(self._loss, row_loss, rows))
+        return TokenLoss(total, values.view(shape))
+
+    def loss_beside(
+        self, other: TokenLogits, row_loss: Callable[[RowLogits], RowLoss], rows: Rows, shape: torch.Size
+    ) -> TokenLoss:
+        """A loss of each position's logits beside those of `other`, which are constants here: of another call of the
+        same network. `row_loss` is given what makes other's logits of some rows."""
+
+        def of(both: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            hidden, constant = both.flatten(0, 1).chunk(2, -1)
+
+            def logits(rows_M: Tensor) -> Tensor:
+                some = constant.detach()[rows_M]
+                if weight is not None:
+                    some = F.linear(some, weight.to(some.dtype), None if bias is None else bias.to(some.dtype))
+                return self.vocabulary.logits(some)
+
+            return linear_loss(hidden, weight, bias, rows, row_loss(logits))
+
+        both = torch.cat([self.hidden_BLW, other.hidden_BLW.detach()], -1)
+        if self.linear is None:
+            total, values = of(both)
+        else:
+            with self._as_it_is():
+                total, values = self.linear(both, loss=of)
         return TokenLoss(total, values.view(shape))
 
     def _make(self) -> Tensor:

@@ -158,8 +158,7 @@ class CoLADD(LADD):
     def loss(self, prediction: SlotPrediction, corrupted: CoCorrupted) -> LossTerms:
         """Sums over positions: a sequence's mean squared error stands at each of its positions."""
         mask, time_weight = corrupted.loss_mask, corrupted.time_weight[:, None]
-        independence = self.independence_terms(prediction, corrupted.masked)  # first: where it makes all logits, they
-        # serve for all that follows
+        independence = self.independence_terms(prediction, corrupted)
         nats = self.token_nats(prediction, corrupted.targets, corrupted.rows, time_weight)
         error = self.context.mean((prediction.latents - corrupted.latent_targets).square().mean(2))
         latent_weight = self.latent_scale() * corrupted.time_weight * corrupted.latent_weight

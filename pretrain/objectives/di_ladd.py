@@ -161,8 +161,7 @@ class DiLADD(LADD):
         """Sums over positions: what belongs to a sequence stands at each of its positions. Diagnostics beside the
         terms of the loss: the perplexity of the codes in use, and how many the last step replaced."""
         mask = corrupted.loss_mask
-        independence = self.independence_terms(prediction, corrupted.masked)  # first: where it makes all logits, they
-        # serve for all that follows
+        independence = self.independence_terms(prediction, corrupted)
         nats = self.token_nats(prediction, corrupted.targets, corrupted.rows)
         code_nats = self.code_nats(prediction, corrupted.latent_targets, corrupted.masked_codes)
         latent_loss = self.latent_scale() * corrupted.latent_weight * self.context.mean(code_nats)

@@ -13,6 +13,7 @@ made from the visible tokens only ("token bound").
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from braid.kernels.random import fold_key
 from braid.parallel.context import UNDIVIDED
 from braid.parallel.layers import Region
 from braid.pretrain.config.schema import Config
-from braid.pretrain.diffusion.ladd import Survival, independence_nats, warmup_factor
+from braid.pretrain.diffusion.ladd import Independence, Survival, warmup_factor
 from braid.pretrain.model.blocks import DropoutKey
 from braid.pretrain.model.encoders import Encoder
 from braid.pretrain.model.joint_attention import JointDenoiser, SlotPrediction
@@ -34,7 +35,7 @@ from braid.pretrain.model.network import Network
 from braid.pretrain.model.pooling import encode_slots
 from braid.pretrain.model.token_logits import TokenLoss
 
-from .base import Figure, Noise, Objective, TokenCorrupted, sum_positions
+from .base import Figure, Noise, Objective, Summed, TokenCorrupted, sum_positions
 
 HIDING_LEVEL_COIN, HIDING_COIN, LATENT_DROPOUT_COIN = 1, 2, 3
 ENCODER_MASKING_WORD = 2
@@ -108,8 +109,7 @@ class LADD(Objective):
         assert (encoder is None) != (latent_encoder is None), "the slots come from one encoder"
         assert encoder is None or not encoder.leaky, "LADD hides tokens before the encoder"
         self.encoder, self.latent_encoder = encoder, latent_encoder
-        self.whole_logits = config.independence_scale > 0
-        self.token_share = 1.0 if self.whole_logits else 0.5
+        self.token_share = 0.5
         self.training_survival = Survival(eps=config.time_eps)
 
     # -- corruption --------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ class LADD(Objective):
         if corrupted.without_tokens is None:
             return prediction
         blind = self.network(corrupted.without_tokens, latents, torch.ones_like(corrupted.times), times, dropout)
-        return prediction._replace(without_tokens=blind.logits)
+        return prediction._replace(without_tokens=blind.tokens)
 
     def token_nats(
         self, prediction: SlotPrediction, targets: Tensor, rows: Rows, weights_BL: Tensor | None = None
@@ -180,12 +180,15 @@ class LADD(Objective):
         """x_1 where a second call of the network is to see it."""
         return self.mask_all(batch)[0] if self.config.independence_scale else None
 
-    def independence_terms(self, prediction: SlotPrediction, masked_BL: Tensor) -> dict[str, Tensor]:
-        """The independence loss of masked tokens [B, L], where it is asked for."""
+    def independence_terms(self, prediction: SlotPrediction, corrupted: SlotCorrupted) -> dict[str, Summed]:
+        """The independence loss of masked tokens, where it is asked for."""
         if prediction.without_tokens is None:
             return {}
-        nats = independence_nats(prediction.logits, prediction.without_tokens, self.mask_id, self.vocabulary)
-        return {"independence_loss": self.config.independence_scale * torch.where(masked_BL, nats, 0.0)}
+        scale = self.config.independence_scale
+        loss = partial(Independence, scale=scale, mask_id=self.mask_id, vocabulary=self.vocabulary)
+        shape = corrupted.targets.shape
+        nats = prediction.without_tokens.loss_beside(prediction.tokens, loss, corrupted.rows, shape)
+        return {"independence_loss": Summed.of(nats, scale)}
 
     def bound_terms(
         self,

@@ -29,8 +29,9 @@ from braid.pretrain.config.objectives.t5 import T5Config
 from braid.pretrain.config.schema import Config
 from braid.pretrain.model.encoders import Encoder
 from braid.pretrain.model.t5_network import T5Network
+from braid.pretrain.model.token_logits import TokenLogits
 
-from .base import Corrupted, Figure, LossTerms, Noise, Objective, special_ids, sum_positions, sum_terms
+from .base import Corrupted, Figure, LossTerms, Noise, Objective, Summed, special_ids, sum_positions, sum_terms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,6 @@ class T5(Objective):
     """Cross-entropy of the target, sentinels included, as in the paper."""
 
     name = "t5"
-    whole_logits = True
     figures = (
         Figure("span_loss", "cross-entropy of the spans left out", False,
                "nats per target token, sentinels included, given the text around them", "value"),
@@ -109,25 +109,22 @@ class T5(Objective):
     def num_scored(self, batch: Batch, noise: Noise) -> Tensor:
         return self.corrupt(batch, noise).loss_mask.sum()
 
-    def call(self, corrupted: SpanCorrupted) -> Tensor:
-        """Logits [B, T, V]."""
+    def call(self, corrupted: SpanCorrupted) -> TokenLogits:
+        """Of the target, [B, T, V]."""
         return self.network(corrupted.inputs, corrupted.targets)
 
-    def loss(self, prediction: Tensor, corrupted: SpanCorrupted) -> LossTerms:
-        return sum_terms({"token_loss": _nats(prediction, corrupted.targets)}, corrupted.loss_mask, None)
+    def loss(self, prediction: TokenLogits, corrupted: SpanCorrupted) -> LossTerms:
+        nats = prediction.cross_entropy(corrupted.targets, corrupted.rows)
+        return sum_terms({"token_loss": Summed.of(nats)}, corrupted.loss_mask, None)
 
     def evaluate(self, batch: Batch, noise: Noise) -> dict[str, Tensor]:
         """A row's mean over its target, for each of its tokens: figures are means over the tokens of the text, and
         every row has the same number of targets."""
         corrupted = self.corrupt(batch, noise)
-        nats = sum_positions(_nats(self.predict(corrupted), corrupted.targets), corrupted.loss_mask)
+        each = self.predict(corrupted).cross_entropy(corrupted.targets, corrupted.rows).values_BL
+        nats = sum_positions(each, corrupted.loss_mask)
         tokens_each = batch.loss_mask.sum(1).double() / corrupted.loss_mask.sum(1).clamp(min=1)
         return {"span_loss": nats * tokens_each}
-
-
-def _nats(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Cross-entropy of each target position, [B, T]."""
-    return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none").view_as(targets_BT)
 
 
 def build(config: Config, tokenizer: Tokenizer, encoder: Encoder | None, region: Region = ALONE) -> T5:

@@ -46,7 +46,7 @@ def library_model(network: T5Network) -> tf.T5ForConditionalGeneration:
 
 def test_the_same_logits_as_the_librarys_own_model():
     network, (inputs, targets) = small(), ids()
-    logits = network(inputs, targets)
+    logits = network(inputs, targets).whole
     expected = library_model(network)(input_ids=inputs, labels=targets).logits
     assert logits.shape == (3, TARGETS, VOCAB + SPANS + 1) and logits.dtype == torch.float32
     torch.testing.assert_close(logits.double(), expected, rtol=0, atol=1e-5)
@@ -94,16 +94,16 @@ def test_initial_values_have_t5s_scales():
 def test_the_encoder_sees_everything_and_the_decoder_what_came_before():
     network, (inputs, targets) = small(), ids(1)
     check_direction(network)
-    before = network(inputs, targets)[0]
+    before = network(inputs, targets).whole[0]
     for position in range(TARGETS):
         changed = targets.clone()
         changed[:, position] = (changed[:, position] + 1) % VOCAB
-        moved = (network(inputs, changed)[0] != before).any(-1)
+        moved = (network(inputs, changed).whole[0] != before).any(-1)
         assert moved.tolist() == [i > position for i in range(TARGETS)], position
     for position in (0, INPUTS - 1):
         changed = inputs.clone()
         changed[:, position] = (changed[:, position] + 1) % VOCAB
-        assert (network(changed, targets)[0] != before).any(-1).all()
+        assert (network(changed, targets).whole[0] != before).any(-1).all()
 
 
 def test_flops_are_those_that_are_done():
@@ -112,11 +112,11 @@ def test_flops_are_those_that_are_done():
     for stack in (network.encoder, network.decoder):
         stack.set_attn_implementation("eager")  # the fused one is not counted on a CPU
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(inputs, targets)
+        assert network(inputs, targets).whole.isfinite().all()
     assert network.training_flops(16).total * 16 * len(inputs) == pytest.approx(3 * counter.get_total_flops(), rel=1e-9)
 
 
 def test_every_parameter_gets_a_gradient():
     network, (inputs, targets) = small(), ids()
-    network(inputs, targets).logsumexp(-1).sum().backward()
+    network(inputs, targets).whole.logsumexp(-1).sum().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in network.parameters())

@@ -3,14 +3,18 @@ and the optional losses; closed forms in float64."""
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from braid.kernels import linear_loss
+from braid.kernels.linear_loss import Rows
 from braid.pretrain.config.load import load_config
-from braid.pretrain.diffusion.ladd import independence_nats, warmup_factor
+from braid.pretrain.diffusion.ladd import Independence, warmup_factor
 from braid.pretrain.model.blocks import DropoutKey
+from braid.pretrain.model.token_logits import TokenLogits
 from braid.pretrain.objectives import co_ladd, di_ladd
 
 from ...parallel.tensor_cases import TOKENIZER
@@ -210,21 +214,51 @@ def test_the_latent_loss_warms_up_after_stage_one(name):
     assert measured[40] == pytest.approx(without, rel=1e-6)
 
 
-def test_independence_nats_by_hand():
-    """KL(p || q) in float64, the mask in neither law; only q learns, and by q - p."""
+@pytest.mark.parametrize("chunk", [1 << 26, 3 * 64])
+def test_independence_nats_by_hand(monkeypatch, chunk):
+    """KL(p || q) in float64 at the rows that count, the mask in neither law; only q learns, and by q - p."""
+    monkeypatch.setattr(linear_loss, "CHUNK_LOGITS", chunk)
     generator = torch.Generator().manual_seed(0)
     logits, blind = torch.randn(2, 5, 7, VOCAB, generator=generator)
     logits[0, 0, 3] = -1000.0  # a probability that is 0 in float32
+    counts = torch.rand(5, 7, generator=generator) < 0.7
     logits.requires_grad_()
     blind.requires_grad_()
-    nats = independence_nats(logits, blind, MASK, build("co_ladd").vocabulary)
+    row_loss = partial(Independence, scale=0.3, mask_id=MASK, vocabulary=build("co_ladd").vocabulary)
+    total, nats = TokenLogits.known(blind).loss_beside(TokenLogits.known(logits), row_loss, Rows(counts), counts.shape)
     p, q = (x.detach().double()[..., :MASK].log_softmax(-1) for x in (logits, blind))
-    expected = (p.exp() * (p - q)).sum(-1)
-    assert torch.allclose(nats.double(), expected, rtol=1e-5, atol=1e-6)
-    nats.sum().backward()
+    expected = (p.exp() * (p - q)).sum(-1) * counts
+    assert torch.allclose(nats, expected, rtol=1e-5, atol=1e-6)
+    assert float(total.detach()) == pytest.approx(0.3 * float(expected.sum()), rel=1e-6)
+    total.backward()
     assert logits.grad is None
-    gradient = F.pad(q.exp() - p.exp(), (0, VOCAB - MASK))
+    gradient = F.pad(0.3 * (q.exp() - p.exp()), (0, VOCAB - MASK)) * counts[..., None]
     assert torch.allclose(blind.grad.double(), gradient, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_gradients_of_the_independence_loss_are_autograds(precision):
+    """Of the head and of what it reads, in chunks, beside all logits at once."""
+    objective = build("di_ladd", independence_scale=1.0)
+    head, generator = objective.network.token_head.linear, torch.Generator().manual_seed(1)
+    hidden, other = (torch.randn(2, 9, head.in_features, generator=generator).to(precision) for _ in range(2))
+    counts, vocabulary = torch.rand(2, 9, generator=generator) < 0.6, objective.vocabulary
+    found = []
+    for at_once in (True, False):
+        seen = hidden.clone().requires_grad_()
+        mine, constant = (TokenLogits(each, head, vocabulary) for each in (seen, other))
+        if at_once:
+            p, q = (vocabulary.without(each.whole, MASK)[..., :MASK].log_softmax(-1) for each in (constant, mine))
+            total = (p.detach().exp() * (p.detach() - q)).sum(-1)[counts].sum()
+        else:
+            row_loss = partial(Independence, scale=1.0, mask_id=MASK, vocabulary=vocabulary)
+            total = mine.loss_beside(constant, row_loss, Rows(counts), counts.shape).total
+        head.zero_grad()
+        total.backward()
+        found.append([total.detach().float(), seen.grad, head.weight.grad.clone(), head.bias.grad.clone()])
+    exact = 1e-5 if precision == torch.float32 else 2e-2
+    for expected, ours in zip(*found, strict=True):
+        assert (ours - expected).abs().max() <= exact * expected.abs().max()
 
 
 @pytest.mark.parametrize("name, options", [("co_ladd", {}), ("di_ladd", {}), ("co_ladd", {"latent_denoiser": True})])
@@ -238,7 +272,8 @@ def test_the_independence_loss_compares_with_a_call_that_sees_the_slots_alone(na
     (_, slots, _, slot_times, _), (tokens, same_slots, ones, same_times, _) = calls
     assert (tokens == MASK).all() and (ones == 1).all()
     assert torch.equal(slots, same_slots) and torch.equal(slot_times, same_times)
-    p, q = (x.detach().double()[..., :MASK].log_softmax(-1) for x in (prediction.logits, prediction.without_tokens))
+    both = (prediction.tokens.whole, prediction.without_tokens.whole)
+    p, q = (x.detach().double()[..., :MASK].log_softmax(-1) for x in both)
     nats = ((p.exp() * (p - q)).sum(-1) * corrupted.masked * batch.loss_mask).sum() / batch.loss_mask.sum()
     assert terms_of(objective, corrupted, prediction)["independence_loss"] == pytest.approx(0.7 * float(nats), rel=1e-6)
     plain = build(name, **options)

@@ -137,7 +137,7 @@ def expected_nats(objective: T5, batch: Batch, noise: Noise) -> torch.Tensor:
         inputs.append(read)
         targets.append(asked)
     targets = torch.tensor(targets)
-    logits = network.double()(torch.tensor(inputs), targets).double()
+    logits = network.double()(torch.tensor(inputs), targets).whole.double()
     network.float()
     return torch.logsumexp(logits, -1) - logits.gather(-1, targets[..., None]).squeeze(-1)
 
