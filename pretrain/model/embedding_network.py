@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from braid.parallel.layers import ALONE, Columns, Region
 from braid.pretrain.config.schema import ModelConfig
 from braid.pretrain.model.blocks import Block, DropoutKey, run_blocks
-from braid.pretrain.model.conditioning import ModulatedLinear, TimeEmbedding
+from braid.pretrain.model.conditioning import TimeEmbedding, TokenHead
 from braid.pretrain.model.flops import TrainingFlops, training_flops
 from braid.pretrain.model.network import Network
+from braid.pretrain.model.token_logits import TokenLogits
 
 NORM_FLOOR = 1e-8
 
@@ -40,7 +41,7 @@ class UnitEmbedding(nn.Module):
 
 
 class EmbeddingNetwork(Network):
-    """Noisy embeddings [B, L, D], an earlier estimate [B, L, D] and a noise level [B] to logits [B, L, V].
+    """Noisy embeddings [B, L, D], an earlier estimate [B, L, D] and a noise level [B] to `TokenLogits`.
 
     The embeddings live here, but the forward pass does not read them: the objective noises them, and adds what z alone
     says of a token to the logits. Built where torch's default device says; `seed` is the key of the initial values.
@@ -65,7 +66,7 @@ class EmbeddingNetwork(Network):
             self.estimate_input = nn.Linear(num_dims, model.width, bias=False)
             self.time_embedding = TimeEmbedding(model.cond_dim)
             self.blocks = nn.ModuleList(Block(model, layer, causal=False) for layer in range(model.num_layers))
-            self.token_head = ModulatedLinear(model.width, vocab_size, model.cond_dim)
+            self.token_head = TokenHead(model.width, vocab_size, model.cond_dim)
         self.materialise(device, seed)
         if model.compile:
             for block in self.blocks:
@@ -86,7 +87,7 @@ class EmbeddingNetwork(Network):
         dropout: DropoutKey | None = None,
         segments: Tensor | None = None,
     ) -> Tensor:
-        """Logits, float32, of a divided network this process's columns; under the caller's autocast.
+        """What the head's linear layer reads, [B, L, W]; under the caller's autocast.
 
         `inputs` are noisy embeddings scaled to unit variance per coordinate; `estimates` are embeddings of length up to
         1, and zero where there is no estimate; `level` is what the time embedding reads (gamma, or the time).
@@ -96,7 +97,10 @@ class EmbeddingNetwork(Network):
         x_BLW = self.trunk(inputs_BLD, estimates_BLD, c_BC, dropout, segments)
         if not self.stage.at_end:
             return x_BLW
-        return self.vocabulary.logits(self.token_head(x_BLW, c_BC))
+        return self.token_head(x_BLW, c_BC)
+
+    def say(self, hidden_BLW: Tensor) -> TokenLogits:
+        return self.token_logits(hidden_BLW, "token_head.linear")
 
     def trunk(
         self,

@@ -15,8 +15,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from braid.kernels.linear_loss import RowLoss, Rows, linear_loss
+from braid.kernels.linear_loss import RowLoss, Rows, chunk_rows, linear_loss
+from braid.parallel.layers import Loss, T
 from braid.parallel.pipeline import ONE_PIECE, Stage
 from braid.parallel.vocabulary import Vocabulary
 
@@ -103,6 +105,39 @@ class TokenLogits:
                 total, values = self.linear(both, loss=of)
         return TokenLoss(total, values.view(shape))
 
+    def in_chunks(self, read: Callable[..., tuple[Tensor, ...]], *by_row: Tensor) -> tuple[Tensor, ...]:
+        """What `read` makes of each position's logits, for losses that are no sum over rows of a function of the logits
+        alone: read(logits [M, V], those rows of `by_row` [B L, ...]) -> [M, ...] each; together [B L, ...].
+
+        Differentiable, also in tensors that `read` knows of. Where there are more logits than one chunk
+        (linear_loss.py), they never exist together: the backward pass makes those of each chunk again.
+        """
+
+        def of(hidden: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> tuple[Tensor, ...]:
+            def of_rows(hidden_MW: Tensor, *of_these: Tensor) -> tuple[Tensor, ...]:
+                logits = hidden_MW
+                if weight is not None:
+                    offset = None if bias is None else bias.to(logits.dtype)
+                    logits = F.linear(hidden_MW, weight.to(logits.dtype), offset)
+                return read(self.vocabulary.logits(logits), *of_these)
+
+            hidden_NW = hidden.flatten(0, 1)
+            size = chunk_rows(len(hidden_NW), hidden.shape[-1] if weight is None else len(weight))
+            if size == len(hidden_NW):
+                return of_rows(hidden_NW, *by_row)
+            again = partial(checkpoint, of_rows, use_reentrant=False, preserve_rng_state=False)
+            pieces = zip(*(rows.split(size) for rows in (hidden_NW, *by_row)), strict=True)
+            return tuple(map(torch.cat, zip(*(again(*piece) for piece in pieces), strict=True)))
+
+        return self.stage.from_heads(partial(self._read, of))
+
+    def _read(self, of: Loss[T]) -> T:
+        """By the head's layer, where there is one."""
+        if self.linear is None or "whole" in self.__dict__:
+            return of(self.whole)
+        with self._as_it_is():
+            return self.linear(self.hidden_BLW, loss=of)
+
     def _make(self) -> Tensor:
         if self.linear is None:
             return self.hidden_BLW
@@ -113,10 +148,7 @@ class TokenLogits:
         def of(hidden: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
             return linear_loss(hidden.flatten(0, 1), weight, bias, rows, row_loss)
 
-        if self.linear is None or "whole" in self.__dict__:
-            return of(self.whole)
-        with self._as_it_is():
-            return self.linear(self.hidden_BLW, loss=of)
+        return self._read(of)
 
     def _as_it_is(self) -> torch.autocast:
         """Losses are computed when the network's autocast is over. What it would have cast is cast already."""

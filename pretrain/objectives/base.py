@@ -277,8 +277,6 @@ class Objective(nn.Module):
     """Share of the positions whose logits a training step computes, expected."""
     time_groups = 1
     """Sequences whose places in the global batch agree modulo this number have an even grid of times of their own."""
-    whole_logits = False
-    """All logits of a micro-batch exist together in training."""
     follows_row_losses = False
     """Some gradients depend on the losses of rows (`finish_gradients`)."""
     splits_loss = False

@@ -16,7 +16,7 @@ Tokens that are given and never noised (the source of a pair) enter as their cle
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -35,6 +35,7 @@ from braid.pretrain.diffusion.learned_schedule import Schedule
 from braid.pretrain.model.blocks import DropoutKey
 from braid.pretrain.model.embedding_network import EmbeddingNetwork
 from braid.pretrain.model.encoders import Encoder
+from braid.pretrain.model.token_logits import TokenLogits
 
 from .base import Corrupted, Figure, LossTerms, Noise, Objective, Pass, special_ids, sum_positions, sum_terms
 from .replaid_terms import BatchSplit, Interior, add_output_prior, mean_embedding
@@ -83,12 +84,54 @@ class RePlaidCorrupted(Corrupted):
         return self.times == 0
 
 
+@dataclass(frozen=True)
+class Said:
+    """What a call of the network says of the tokens: the logits of its head, and to these what z alone says added."""
+
+    tokens: TokenLogits
+    z: Tensor
+    """float32 [B, L, D]."""
+    slope: Tensor | None
+    """Of the output prior, float64 [B]; None without it."""
+    embeddings: Tensor
+    """As of `RePlaidCorrupted`."""
+    frozen: Tensor
+    """bool [B]."""
+    mask_id: int
+
+    @property
+    def logits(self) -> Tensor:
+        """All of them, float32 [B, L, V], -inf for the mask; of a divided vocabulary this process's part."""
+        slope = None if self.slope is None else self.slope[:, None].expand(self.z.shape[:2])
+        return self._whole(self.tokens.whole, self.z, slope, self.frozen[:, None].expand(self.z.shape[:2]))
+
+    def in_chunks(self, read: Callable[..., tuple[Tensor, ...]], *by_position: Tensor) -> tuple[Tensor, ...]:
+        """As `TokenLogits.in_chunks`: read(logits [M, V], frozen [M], those of `by_position` [B, L]) -> [M, ...] each;
+        together [B, L, ...]."""
+        shape = self.z.shape[:2]
+        each = [self.frozen] if self.slope is None else [self.frozen, self.slope]
+        rows = [self.z.flatten(0, 1), *(of_row[:, None].expand(shape).flatten() for of_row in each)]
+        others = [values.flatten() for values in by_position]
+
+        def of(logits: Tensor, z: Tensor, *of_rows: Tensor) -> tuple[Tensor, ...]:
+            frozen, *more = of_rows[: len(each)]
+            return read(self._whole(logits, z, more[0] if more else None, frozen), frozen, *of_rows[len(each) :])
+
+        found = self.tokens.in_chunks(of, *rows, *others)
+        return tuple(values.unflatten(0, shape) for values in found)
+
+    def _whole(self, logits: Tensor, z: Tensor, slope: Tensor | None, frozen: Tensor) -> Tensor:
+        vocabulary = self.tokens.vocabulary
+        if slope is not None:
+            logits = add_output_prior(logits, z, slope, self.embeddings, frozen, vocabulary)
+        return vocabulary.without_(logits, self.mask_id)
+
+
 class RePlaid(Objective):
     """Continuous diffusion with a learned schedule, learned embeddings, self-conditioning and a likelihood bound."""
 
     name = "replaid"
     follows_row_losses = True
-    whole_logits = True
     figures = (
         Figure("bound", "token bound", True, "prior, reconstruction and diffusion, t in [0, 1]"),
         Figure("prior", "prior term of the bound", False, "KL of z_1 to a standard normal"),
@@ -181,24 +224,24 @@ class RePlaid(Objective):
         return replace(corrupted, estimates=corrupted.estimates.index_copy(0, rows, found))
 
     def _first_estimates(self, corrupted: RePlaidCorrupted) -> Tensor:
-        logits = self.call(corrupted, corrupted.first_pass)
+        said = self.call(corrupted, corrupted.first_pass)
         if not self.stage.at_end:
-            return logits
-        constant, probabilities = corrupted.self_conditioned[corrupted.first_pass], self.vocabulary.softmax(logits)
-        found = self.vocabulary.sum(mean_embedding(probabilities, corrupted.embeddings, constant))
+            return said
+        constant = corrupted.self_conditioned[corrupted.first_pass]
+        [found] = said.in_chunks(lambda logits, frozen: (self._estimate(logits, corrupted.embeddings, frozen),))
         return found.masked_fill(~constant[:, None, None], 0)
 
-    def call(self, corrupted: RePlaidCorrupted, rows: Tensor | slice = slice(None)) -> Tensor:
-        """Logits [B, L, V] of all rows or some."""
+    def call(self, corrupted: RePlaidCorrupted, rows: Tensor | slice = slice(None)) -> Said:
+        """Of all rows or some."""
         c = corrupted
         dropout = replace(c.dropout, ordinals=c.dropout.ordinals[rows])
         seen = (c.z, c.gamma, c.times, c.estimates, c.given, c.self_conditioned)
         z, gamma, times, estimates, given, frozen = (each[rows] for each in seen)
         segments = None if c.segments is None else c.segments[rows]
         masks = {"given": given, "frozen": frozen, "segments": segments}
-        return self.logits(z, gamma, times, estimates, c.embeddings, **masks, dropout=dropout)
+        return self.say(z, gamma, times, estimates, c.embeddings, **masks, dropout=dropout)
 
-    def logits(
+    def say(
         self,
         z: Tensor,
         gamma: Tensor,
@@ -210,20 +253,24 @@ class RePlaid(Objective):
         frozen: Tensor,
         segments: Tensor | None = None,
         dropout: DropoutKey | None = None,
-    ) -> Tensor:
-        """One call of the network: logits float32 [B, L, V], -inf for the mask, from z float32 [B, L, D] (clean where
-        `given`), gamma and times float64 [B], and an estimate of the clean embeddings or zeros. Rows of `frozen` take
-        the table float32 [V, D] as a constant. Of a divided vocabulary, table and logits are this process's part."""
+    ) -> Said:
+        """One call of the network, from z float32 [B, L, D] (clean where `given`), gamma and times float64 [B], and an
+        estimate of the clean embeddings or zeros. Rows of `frozen` take the table float32 [V, D] as a constant. Of a
+        divided vocabulary, table and logits are this process's part. Of a piece that is not the network's last, its
+        hidden states."""
         scale = process.unit_scale(gamma, z.shape[-1]).float()[:, None, None]
         inputs = torch.where(given[..., None], z.shape[-1] ** 0.5 * z, scale * z)
         level = gamma if self.config.time_input == "gamma" else times
-        logits = self.network(inputs, estimates, level, dropout if self.training else None, segments)
+        tokens = self.network(inputs, estimates, level, dropout if self.training else None, segments)
         if not self.stage.at_end:
-            return logits
-        if self.output_prior_strength > 0:
-            slope = self.output_prior_strength * process.likelihood_slope(gamma)
-            logits = add_output_prior(logits, z, slope, embeddings, frozen, self.vocabulary)
-        return self.vocabulary.without_(logits, self.mask_id)
+            return tokens
+        strength = self.output_prior_strength
+        slope = strength * process.likelihood_slope(gamma) if strength > 0 else None
+        return Said(tokens, z, slope, embeddings, frozen, self.mask_id)
+
+    def logits(self, *args: Tensor, **masks: Tensor) -> Tensor:
+        """Of a call as `say` makes it, all logits at once: `Said.logits`."""
+        return self.say(*args, **masks).logits
 
     @property
     def output_prior_strength(self) -> float:
@@ -233,7 +280,11 @@ class RePlaid(Objective):
         warmup = min(self.config.output_prior_warmup_steps, self.total_steps // WARMUP_SHARE)
         return min(1.0, self.step / warmup) if self.training and warmup else 1.0
 
-    def loss(self, prediction: Tensor, corrupted: RePlaidCorrupted) -> LossTerms:
+    def _estimate(self, logits: Tensor, embeddings: Tensor, frozen: Tensor) -> Tensor:
+        """The embedding that logits [..., V] expect, on every process whole, [..., D]."""
+        return self.vocabulary.sum(mean_embedding(self.vocabulary.softmax(logits), embeddings, frozen))
+
+    def loss(self, prediction: Said, corrupted: RePlaidCorrupted) -> LossTerms:
         """Call it once for each `corrupted`: it reweights the gradient of the interior from then on, where that does
         not wait for `finish_gradients`."""
         reconstructs, mask = corrupted.reconstructs, corrupted.loss_mask
@@ -260,13 +311,16 @@ class RePlaid(Objective):
     def finish_gradients(self, corrupted: RePlaidCorrupted, row_losses: Tensor) -> None:
         corrupted.interior.back_propagate(row_losses)
 
-    def _nats_and_diffusion(self, logits: Tensor, corrupted: RePlaidCorrupted) -> tuple[Tensor, Tensor]:
+    def _nats_and_diffusion(self, said: Said, corrupted: RePlaidCorrupted) -> tuple[Tensor, Tensor]:
         """Cross-entropy of the targets, and 1/2 gamma' exp(-gamma) ||e - estimate||^2: float64 [B, L]."""
-        vocabulary = self.vocabulary
-        log_probabilities = vocabulary.log_softmax(logits)
-        nats = -vocabulary.take(log_probabilities, corrupted.targets[..., None]).squeeze(-1)
-        estimate = mean_embedding(log_probabilities.exp(), corrupted.embeddings, corrupted.self_conditioned)
-        estimate = vocabulary.sum(estimate)
+
+        def read(logits: Tensor, frozen: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            log_probabilities = self.vocabulary.log_softmax(logits)
+            nats = -self.vocabulary.take(log_probabilities, targets[:, None]).squeeze(-1)
+            estimate = mean_embedding(log_probabilities.exp(), corrupted.embeddings, frozen)
+            return nats, self.vocabulary.sum(estimate)
+
+        nats, estimate = said.in_chunks(read, corrupted.targets)
         error = (corrupted.clean.double() - estimate.double()).square().sum(-1)
         return nats.double(), (corrupted.gamma_rate * process.snr(corrupted.gamma) / 2)[:, None] * error
 

@@ -3,7 +3,7 @@ with the embeddings.
 
 Rows marked `frozen` (the self-conditioned ones) use the embeddings as constants: their gradient goes to the network
 alone. Both products are done once for all rows, with the table beside a copy of it that takes no gradient, so that no
-second tensor of [B, L, V] arises. Shape suffixes: B sequences, L positions, D embedding dimension, V vocabulary.
+second tensor of logits arises. Shape suffixes: B sequences, D embedding dimension, V vocabulary.
 """
 
 from __future__ import annotations
@@ -77,30 +77,25 @@ class Interior:
 
 
 def add_output_prior(
-    logits_BLV: Tensor,
-    z_BLD: Tensor,
-    slope_B: Tensor,
-    embeddings_VD: Tensor,
-    frozen_B: Tensor,
-    vocabulary: Vocabulary,
+    logits: Tensor, z: Tensor, slope: Tensor, embeddings_VD: Tensor, frozen: Tensor, vocabulary: Vocabulary
 ) -> Tensor:
     """logits + slope <z, E_v>: what the noisy embedding alone says of each token (exact, embeddings being of unit
-    length). float32 whatever autocast says. Of a divided vocabulary, logits and embeddings are this process's part."""
-    frozen_B11 = frozen_B[:, None, None]
-    said_BLD = slope_B.float()[:, None, None] * z_BLD
-    said = torch.cat([said_BLD.masked_fill(~frozen_B11, 0), said_BLD.masked_fill(frozen_B11, 0)], -1)
-    said = vocabulary.shared(said)
-    with torch.autocast(z_BLD.device.type, enabled=False):
-        flat = torch.addmm(logits_BLV.flatten(0, 1), said.flatten(0, 1), _with_constant(embeddings_VD).T)
-    return flat.view_as(logits_BLV)
+    length), float32 whatever autocast says. logits [..., V], z [..., D], slope and frozen [...]. Of a divided
+    vocabulary, logits and embeddings are this process's part."""
+    constant = frozen[..., None]
+    said = slope.float()[..., None] * z
+    said = vocabulary.shared(torch.cat([said.masked_fill(~constant, 0), said.masked_fill(constant, 0)], -1))
+    with torch.autocast(z.device.type, enabled=False):
+        flat = torch.addmm(logits.flatten(0, -2), said.flatten(0, -2), _with_constant(embeddings_VD).T)
+    return flat.view_as(logits)
 
 
-def mean_embedding(probabilities_BLV: Tensor, embeddings_VD: Tensor, frozen_B: Tensor) -> Tensor:
-    """The embedding that predictions expect, float32 [B, L, D]; of a divided vocabulary what is summed of this
-    process's part."""
-    with torch.autocast(probabilities_BLV.device.type, enabled=False):
-        constant, learning = (probabilities_BLV @ _with_constant(embeddings_VD)).chunk(2, -1)
-    return torch.where(frozen_B[:, None, None], constant, learning)
+def mean_embedding(probabilities: Tensor, embeddings_VD: Tensor, frozen: Tensor) -> Tensor:
+    """The embedding that predictions expect, float32 [..., D], for probabilities [..., V] and frozen that broadcasts to
+    [...]; of a divided vocabulary what is summed of this process's part."""
+    with torch.autocast(probabilities.device.type, enabled=False):
+        constant, learning = (probabilities @ _with_constant(embeddings_VD)).chunk(2, -1)
+    return torch.where(frozen[..., None], constant, learning)
 
 
 def _with_constant(embeddings_VD: Tensor) -> Tensor:

@@ -174,7 +174,6 @@ def _loads(
         positions=sequences * length // plan.context,
         num_tokens=-(-network.vocab_size // plan.tensor),
         width=network.latent_dim if isinstance(network, ELFNetwork) else network.config.width,
-        whole_logits=objective.whole_logits,
     )
     # Duo's curriculum shows the network weights over the vocabulary, which a product then keeps as it takes them.
     soft = getattr(config.objective, "curriculum_steps", 0) > 0

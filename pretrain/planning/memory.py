@@ -18,11 +18,11 @@ DEEPSPEED_BUCKET = 5e8
 """Elements of DeepSpeed's default buckets for reducing and gathering."""
 DEEPSPEED_SMALL = 1e5
 """Elements up to which ZeRO 3 keeps a weight whole between uses, by default."""
-LOGIT_BYTES = {"replaid": 22}
-"""Where all logits of a micro-batch exist together: bytes held for each while the loss is differentiated, as measured.
-For other objectives PLAIN_LOGIT_BYTES: the logits, their log-probabilities, and the gradients after and before the
-softmax, in float32."""
-PLAIN_LOGIT_BYTES = 16
+IN_CHUNKS = ("replaid",)
+"""Objectives whose loss is left to autograd, a chunk of logits at a time (`TokenLogits.in_chunks`)."""
+LOGIT_TENSORS = 4
+"""Float32 tensors of a chunk's shape that exist then: the logits, their log-probabilities, and the gradients after and
+before the softmax."""
 DIVERGENCE_TENSORS = {"duo": 2, "gidd": 2}
 """Float32 tensors of a chunk's shape that a loss of all probabilities takes beside them."""
 
@@ -76,12 +76,6 @@ class Head:
     """Of the vocabulary; those of this process."""
     width: int
     """Of what the layer reads."""
-    whole_logits: bool
-    """See `Objective`."""
-
-    @property
-    def num_logits(self) -> int:
-        return self.positions * self.num_tokens
 
     @property
     def weights(self) -> int:
@@ -91,11 +85,17 @@ class Head:
     def loss_bytes(self, objective: str, *, half: bool, copied: bool) -> float:
         """While the loss of tokens is computed, and with it the gradients of what the layer reads and of its weights.
         `half` is bf16 autocast; `copied`: weights are float32 then, and are cast."""
-        if self.whole_logits:
-            return LOGIT_BYTES.get(objective, PLAIN_LOGIT_BYTES) * self.num_logits
+        rows = chunk_rows(self.positions, self.num_tokens)
+        if objective in IN_CHUNKS:
+            each = FLOAT * LOGIT_TENSORS + HALF * half
+            differentiated = each * rows * self.num_tokens + HALF * half * copied * self.weights
+            if rows == self.positions:
+                return differentiated
+            # Beside a chunk the weights' gradient so far; then it, the chunk's own, and their sum.
+            return max(FLOAT * self.weights + differentiated, 3 * FLOAT * self.weights)
         # Kept until the backward pass: both gradients. Beside them a chunk of logits, and what is made of it.
         kept = self.positions * self.width * (HALF if half else FLOAT) + FLOAT * self.weights
-        chunk = chunk_rows(self.positions, self.num_tokens) * aligned(self.num_tokens)
+        chunk = rows * aligned(self.num_tokens)
         each, tensors = HALF if half else FLOAT, DIVERGENCE_TENSORS.get(objective, 0)
         each += FLOAT * (tensors + 1 if half and tensors else tensors)  # bf16 logits have a float32 copy there
         # The matrix that is multiplied, and some rows of a chunk's part of its gradient.
@@ -161,7 +161,7 @@ def stage_memory(load: Load, config: Config, *, num_ranks: int, encoder_bytes: f
     trained = sum(p.held for p in load.parameters if p.trained)
     moments = sum(p.held * p.moments for p in load.parameters if p.trained)
     copies = each.copies * sum(p.held for p in load.parameters if p.is_matrix)
-    if load.head and not load.head.whole_logits:
+    if load.head:
         copies -= each.copies * load.head.weights  # it is gone with the loss
     recomputes = config.model.activation_checkpointing == "block"
 
@@ -188,15 +188,11 @@ def stage_memory(load: Load, config: Config, *, num_ranks: int, encoder_bytes: f
         kept = sum(cost.state if recomputes else cost.kept for cost in load.costs) * load.in_flight
         again = max(cost.kept for cost in load.costs) if recomputes else 0.0
         gradients = max(cost.state + cost.widest for cost in load.costs)
-    # When the forward pass ends, the copies of all blocks are still there and, where they are made at once, the logits
-    # in both precisions.
-    loss, forward, logits = 0.0, max(0.0, copies - kept_copies), 0.0
+    # When the forward pass ends, the copies of all blocks are still there.
+    loss, forward = 0.0, max(0.0, copies - kept_copies)
     if load.head:
         half = config.run.precision == "bf16"
         loss = load.head.loss_bytes(config.objective.name, half=half, copied=plan.engine != "megatron")
-        if load.head.whole_logits:
-            logits = FLOAT * load.head.num_logits
-            forward += (FLOAT + HALF) * load.head.num_logits
     kept += load.inputs_kept * load.in_flight
     start = encoder_bytes + FLOAT * size
     if "weights" in each.divided:
@@ -208,7 +204,7 @@ def stage_memory(load: Load, config: Config, *, num_ranks: int, encoder_bytes: f
         held={name: number for name, number in held.items() if number and name not in offloaded},
         activations=None if load.costs is None else kept + load.head_kept,
         head=max(loss, forward),
-        block=again + gradients + logits,  # the prediction, which may hold the logits, is still there
+        block=again + gradients,
         step=FLOAT * _part(trained, share["state"]) if plan.offload == "none" else 0.0,
         start=start,
         host=sum(offloaded.values()),
@@ -240,7 +236,7 @@ def _largest_block(load: Load) -> int:
     sizes = _by_place([parameter for parameter in load.parameters if parameter.is_matrix])
     blocks = [size for place, size in sizes.items() if isinstance(place, int)]
     outside = sum(size for place, size in sizes.items() if not isinstance(place, int))
-    return max(blocks, default=0) + outside - (load.head.weights if load.head and not load.head.whole_logits else 0)
+    return max(blocks, default=0) + outside - (load.head.weights if load.head else 0)
 
 
 def _largest_module(parameters: list[PlannedParameter]) -> int:

@@ -80,12 +80,12 @@ class _Denoiser:
             towards_known = self._gradient_of_known(logits, z) if self.guided else 0.0
         logits, z = logits.detach(), z.detach()
         self.best = logits.argmax(-1)
-        x = mean_embedding(logits.softmax(-1), self.embeddings, self.frozen)
+        x = mean_embedding(logits.softmax(-1), self.embeddings, self.frozen[:, None])
         if self.objective.config.self_conditioning:
             self.earlier = x
         if settings.temperature != 1.0 or settings.top_p < 1.0:
             tempered = nucleus(logits / settings.temperature, settings.top_p)
-            x = mean_embedding(tempered.softmax(-1), self.embeddings, self.frozen)
+            x = mean_embedding(tempered.softmax(-1), self.embeddings, self.frozen[:, None])
         x = x.double()
         # The posterior mean of e, given the known tokens too, by Bayes' rule and Tweedie's formula.
         x = x + settings.token_guidance * torch.sigmoid(gamma) / process.alpha(gamma) * towards_known

@@ -43,7 +43,7 @@ def test_embeddings_have_length_one_at_the_start_and_in_use():
 def test_the_first_logits_are_uniform_and_estimates_are_ignored_at_first():
     network = build(randomise=False)
     noisy, estimates, level = inputs()
-    assert torch.equal(network(noisy, estimates, level), torch.zeros(3, 6, VOCAB))
+    assert torch.equal(network(noisy, estimates, level).whole, torch.zeros(3, 6, VOCAB))
     c = network.time_embedding(level)
     assert torch.equal(network.trunk(noisy, estimates, c), network.trunk(noisy, 0 * estimates, c))
     assert not torch.equal(network.trunk(noisy, estimates, c), network.trunk(0 * noisy, estimates, c))
@@ -64,14 +64,14 @@ def test_the_level_conditions_and_carries_gradient():
     network = build()
     noisy, estimates, level = inputs()
     level.requires_grad_()
-    logits = network(noisy, estimates, level)
+    logits = network(noisy, estimates, level).whole
     (gradient,) = torch.autograd.grad(logits.square().sum(), level)
     assert gradient.dtype == torch.float64 and (gradient != 0).all()
     with torch.no_grad():
         step = torch.tensor([0.0, 1e-2, 0.0], dtype=torch.float64)
         change = (
-            network(noisy, estimates, level + step).square().sum()
-            - network(noisy, estimates, level - step).square().sum()
+            network(noisy, estimates, level + step).whole.square().sum()
+            - network(noisy, estimates, level - step).whole.square().sum()
         )
     assert float(change) / 2e-2 == pytest.approx(float(gradient[1]), rel=2e-2)
 
@@ -80,9 +80,10 @@ def test_residual_stream_and_logits_are_float32_under_autocast():
     network, seen = build(), []
     network.blocks[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
     with torch.autocast("cpu", torch.bfloat16):
-        logits = network(*inputs())
+        logits = network(*inputs()).whole
     assert logits.dtype == torch.float32 and seen == [torch.float32]
-    assert torch.allclose(logits, build()(*inputs()), atol=0.1) and not torch.equal(logits, build()(*inputs()))
+    exact = build()(*inputs()).whole
+    assert torch.allclose(logits, exact, atol=0.1) and not torch.equal(logits, exact)
 
 
 def test_it_is_bidirectional():
@@ -93,7 +94,7 @@ def test_activation_checkpointing_changes_nothing():
     gradients = []
     for kind in ("none", "block"):
         network = build(activation_checkpointing=kind).train()
-        network(*inputs()).square().sum().backward()
+        network(*inputs()).whole.square().sum().backward()
         gradients.append([parameter.grad for parameter in network.parameters() if parameter.grad is not None])
     assert len(gradients[0]) == len(gradients[1]) > 20
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))

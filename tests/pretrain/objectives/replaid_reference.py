@@ -105,7 +105,7 @@ def reference(
         inputs = torch.where(batch.condition[i][:, None], DIM**0.5 * e, inputs)
 
         def probabilities(estimate: Tensor, inputs=inputs, gamma=gamma, z=z, table=table) -> Tensor:
-            readout = objective.network(inputs.float()[None], estimate.float()[None], gamma[None])[0].double()
+            readout = objective.network(inputs.float()[None], estimate.float()[None], gamma[None]).whole[0].double()
             logits = readout + kappa * torch.sigmoid(-gamma).sqrt() / torch.sigmoid(gamma) * z @ table.T
             assert MASK == VOCAB - 1
             return F.pad(logits[:, :MASK].softmax(-1), (0, 1))

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from braid.data_pipeline.loader import Batch
+from braid.kernels import linear_loss
+from braid.parallel.vocabulary import Vocabulary
 from braid.pretrain.config.schema import ModelConfig, OptimizerConfig
 from braid.pretrain.objectives import replaid as module
 from braid.pretrain.objectives.base import Noise
@@ -221,12 +223,41 @@ def test_the_mask_is_no_token():
     objective = build_replaid()
     batch, noise = batch_and_noise(SIZE)
     corrupted = objective.corrupt(batch, noise)
-    logits = objective.predict(corrupted)
+    logits = objective.predict(corrupted).logits
     assert logits.shape == (SIZE, LENGTH, VOCAB)
     assert torch.isneginf(logits[..., MASK]).all() and torch.isfinite(logits[..., :MASK]).all()
     run(objective, batch, noise)
     assert (objective.network.embedding.raw.grad[MASK] == 0).all()
     assert all(torch.isfinite(parameter.grad).all() for parameter in objective.parameters())
+
+
+def in_chunks_of(num_rows: int, monkeypatch, **options):
+    """Loss, losses of rows, bound, gradients, and how many rows of logits there ever were at a time."""
+    seen, without = [], Vocabulary.without_
+    with monkeypatch.context() as patched:
+        patched.setattr(linear_loss, "CHUNK_LOGITS", num_rows * 64)
+        patched.setattr(Vocabulary, "without_", lambda *args: seen.append(len(args[1])) or without(*args))
+        objective = with_split(build_replaid(**options), 3, SIZE)
+        loss, terms = run(objective, *batch_and_noise(SIZE, padding=2))
+        with torch.no_grad():
+            bound = objective.evaluate(*batch_and_noise(SIZE))["bound"]
+    learnt = {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
+    return loss, terms.row_losses, bound, learnt, max(seen)
+
+
+@pytest.mark.parametrize("num_rows", [1, 7])
+@pytest.mark.parametrize("options", [{}, {"auxiliary_weight": 0.3}, {"output_prior": False, "fixed_embeddings": True}])
+def test_logits_are_made_a_chunk_at_a_time(monkeypatch, num_rows, options):
+    """Loss and gradients are those of all logits at once, in training and in the bound."""
+    loss, row_losses, bound, gradients_at_once, most = in_chunks_of(10**6, monkeypatch, **options)
+    again, rows_again, bound_again, in_chunks, most_again = in_chunks_of(num_rows, monkeypatch, **options)
+    assert (most, most_again) == (SIZE * LENGTH, num_rows)
+    assert again == pytest.approx(loss, rel=1e-6)
+    torch.testing.assert_close(rows_again, row_losses, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(bound_again, bound, rtol=1e-6, atol=1e-6)
+    assert in_chunks.keys() == gradients_at_once.keys()
+    for name, gradient in gradients_at_once.items():
+        assert (in_chunks[name] - gradient).abs().max() <= 5e-6 * max(gradient.abs().max(), 1e-3), name
 
 
 def test_time_can_be_fed_instead_of_gamma():

@@ -172,7 +172,7 @@ def test_dropout_is_the_same_for_a_sequence_in_both_passes_and_absent_from_the_b
     objective = with_split(build_replaid(model=model), 5, SIZE)
     batch, noise = batch_and_noise(SIZE)
     corrupted = objective.corrupt(batch, noise)
-    assert torch.equal(objective.predict(corrupted), objective.predict(corrupted))
+    assert torch.equal(objective.predict(corrupted).logits, objective.predict(corrupted).logits)
     keys = []
     objective.network.register_forward_pre_hook(lambda _, args: keys.append(args[3]))
     objective.predict(corrupted)
