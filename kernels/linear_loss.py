@@ -121,16 +121,34 @@ class _LinearLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, of_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         found = zip(ctx.saved_tensors, ctx.dtypes, ctx.sums, strict=True)
-        return *(None if each is None else _deliver(each, of_total, *to) for each, *to in found), None, None
+        # In place: a second [V, W] would be the largest tensor here.
+        return *(None if each is None else _deliver(each.mul_(of_total), *to) for each, *to in found), None, None
 
 
-def _deliver(gradient: Tensor, factor: Tensor, dtype: torch.dtype, total: Tensor | None) -> Tensor:
+class _ToItsSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        ctx.total = weight.main_grad
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _deliver(gradient, gradient.dtype, ctx.total)
+
+
+def to_its_sum(weight: Tensor) -> Tensor:
+    """The same values, to be used once. Where an engine sums up the weight's gradients in a wider dtype than its own,
+    that of this use goes there by itself, as those of `linear_loss` do, and is not rounded with those of other uses."""
+    total = getattr(weight, "main_grad", None)
+    return weight if total is None or total.dtype == weight.dtype else _ToItsSum.apply(weight)
+
+
+def _deliver(gradient: Tensor, dtype: torch.dtype, total: Tensor | None) -> Tensor:
     """What autograd is given, of the input's dtype; the gradient is spent.
 
     total: where an engine sums up the gradients of a parameter in a wider dtype than its own (Megatron's `main_grad`).
     It gets the gradient as it is, and autograd, which would carry it there, a zero.
     """
-    gradient.mul_(factor)  # in place: a second [V, W] would be the largest tensor here
     if total is None or total.dtype == dtype:
         return gradient.to(dtype)
     total += gradient

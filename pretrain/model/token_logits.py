@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from braid.kernels.linear_loss import RowLoss, Rows, chunk_rows, linear_loss
+from braid.kernels.linear_loss import RowLoss, Rows, chunk_rows, linear_loss, to_its_sum
 from braid.parallel.layers import Loss, T
 from braid.parallel.pipeline import ONE_PIECE, Stage
 from braid.parallel.vocabulary import Vocabulary
@@ -117,8 +117,8 @@ class TokenLogits:
             def of_rows(hidden_MW: Tensor, *of_these: Tensor) -> tuple[Tensor, ...]:
                 logits = hidden_MW
                 if weight is not None:
-                    offset = None if bias is None else bias.to(logits.dtype)
-                    logits = F.linear(hidden_MW, weight.to(logits.dtype), offset)
+                    own = (each if each is None else to_its_sum(each).to(logits.dtype) for each in (weight, bias))
+                    logits = F.linear(hidden_MW, *own)
                 return read(self.vocabulary.logits(logits), *of_these)
 
             hidden_NW = hidden.flatten(0, 1)

@@ -35,9 +35,10 @@ LAYOUTS = {
 SLOW_LAYOUT = "data 2, fused"
 QUICK = ["mdlm", "ccdd-moedit-1", "replaid", "elf", "di_ladd-learned"]
 OTHERS = [name for name in CASES if name not in QUICK]
-ROUNDED_ONCE_MORE = {"ccdd-moedit-1", "ccdd-moedit-2-of-3", "co_ladd-own-denoiser"}
-"""Experts of which some answer: what autocast casts is not their weights but a stack of them. A head that makes all its
-logits in two passes of a step: where its weights are bfloat16, so is the sum of the two gradients."""
+ROUNDED_ONCE_MORE = {"ccdd-moedit-1", "ccdd-moedit-2-of-3"}
+"""Experts of which some answer: what autocast casts is not their weights but a stack of them."""
+IN_ANOTHER_ORDER = {"co_ladd-own-denoiser"}
+"""A head used twice in a step: both gradients are added to the float32 sum, where autograd first adds the two."""
 NAMES = pytest.mark.parametrize("names", [QUICK, pytest.param(OTHERS, marks=pytest.mark.slow)], ids=["quick", "others"])
 
 
@@ -98,6 +99,10 @@ def test_bf16_is_that_of_autocast(ranks, names: list[str]) -> None:
         if name in ROUNDED_ONCE_MORE:
             assert found.losses == pytest.approx(wanted.losses, rel=2e-3)
             assert_near(found.gradients, wanted.gradients, 2**-7)
+            continue
+        if name in IN_ANOTHER_ORDER:
+            assert found.losses == pytest.approx(wanted.losses, rel=1e-5)
+            assert_near(found.gradients, wanted.gradients, 1e-6)
             continue
         assert found.losses == wanted.losses and found.averaged_loss == wanted.averaged_loss
         assert found.norms == pytest.approx(wanted.norms, rel=1e-6)
