@@ -97,12 +97,7 @@ class TokenLogits:
 
             return linear_loss(hidden, weight, bias, rows, row_loss(logits))
 
-        both = torch.cat([self.hidden_BLW, other.hidden_BLW.detach()], -1)
-        if self.linear is None:
-            total, values = of(both)
-        else:
-            with self._as_it_is():
-                total, values = self.linear(both, loss=of)
+        total, values = self._read(of, torch.cat([self.hidden_BLW, other.hidden_BLW.detach()], -1))
         return TokenLoss(total, values.view(shape))
 
     def in_chunks(self, read: Callable[..., tuple[Tensor, ...]], *by_row: Tensor) -> tuple[Tensor, ...]:
@@ -131,12 +126,15 @@ class TokenLogits:
 
         return self.stage.from_heads(partial(self._read, of))
 
-    def _read(self, of: Loss[T]) -> T:
-        """By the head's layer, where there is one."""
-        if self.linear is None or "whole" in self.__dict__:
+    def _read(self, of: Loss[T], hidden_BLW: Tensor | None = None) -> T:
+        """`of` what the head's layer reads, by default its logits where they are there already, and of its weights."""
+        if hidden_BLW is None and "whole" in self.__dict__:
             return of(self.whole)
+        hidden_BLW = self.hidden_BLW if hidden_BLW is None else hidden_BLW
+        if self.linear is None:
+            return of(hidden_BLW)
         with self._as_it_is():
-            return self.linear(self.hidden_BLW, loss=of)
+            return self.linear(hidden_BLW, loss=of)
 
     def _make(self) -> Tensor:
         if self.linear is None:
