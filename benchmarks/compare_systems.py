@@ -228,7 +228,8 @@ def table(results: list[dict]) -> str:
     head += ["tokens/s", "parameters", "of a frozen encoder"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for result in results:
-        by_steps = {entry["steps"]: entry for entry in result["generative"] if entry["name"] != "data"}
+        judged = [entry for entry in result["generative"] if entry["name"] != "data"]
+        by_steps = {entry["steps"] or round(entry["network_calls"]): entry for entry in judged}  # AR has calls alone
         is_model = "parameters" in result
         cells = [result["name"]]
         if result["bound"] is not None:
@@ -237,7 +238,7 @@ def table(results: list[dict]) -> str:
             cells.append("n/a" if is_model else "-")
         cells.append(_figure(result.get("bits_per_byte"), ".3f", "n/a" if is_model else "-"))
         cells.append(_figure(result.get("joint_nelbo"), ".2f"))
-        cells += [_judged(by_steps.get(s, by_steps.get(None))) for s in steps]
+        cells += [_judged(by_steps.get(s)) for s in steps]
         for name, form in (("tokens_per_second", ".0f"), ("parameters", ","), ("frozen_parameters", ",")):
             cells.append(_figure(result.get(name), form))
         lines.append("| " + " | ".join(cells) + " |")
